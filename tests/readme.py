@@ -1,0 +1,65 @@
+"""Write README.md from the landing page: `python tests/readme.py` writes it, `--check` compares and exits 1 when it is stale."""
+import json, re, subprocess, sys
+from pathlib import Path
+
+import pypandoc
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX, README = ROOT/'nbs'/'index.ipynb', ROOT/'README.md'
+NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit that notebook, not this file. -->\n\n'
+
+def pandoc(text, source, target):
+    "Convert `text` with the pandoc that pypandoc_binary carries."
+    args = [pypandoc.get_pandoc_path(), '-f', source, '-t', target, '--wrap=none']
+    return subprocess.run(args, input=text, capture_output=True, text=True, encoding='utf-8', check=True).stdout
+
+def nodes(tree):
+    "Every element of a pandoc document, parents first."
+    if isinstance(tree, dict):
+        if 't' in tree: yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree: yield from nodes(branch)
+
+def fence(text, language=''): return f'```{language}\n{text.rstrip()}\n```'
+
+def output(out):
+    "Markdown of one stored output; a picture becomes a line that says where to see it."
+    if out['output_type'] == 'stream': return fence(''.join(out['text']))
+    data = out.get('data', {})
+    if any(kind.startswith('image/') for kind in data): return '*The figure is in [the notebook](index.ipynb).*'
+    if 'text/markdown' in data: return ''.join(data['text/markdown'])
+    return fence(''.join(data.get('text/plain', '')))
+
+def markdown(cell):
+    "Markdown of one notebook cell: prose as it stands, code without its directives and with its outputs."
+    source = ''.join(cell['source'])
+    if cell['cell_type'] != 'code': return source if cell['cell_type'] == 'markdown' else ''
+    options = set(re.findall(r'^#\|\s*(.+?)\s*$', source, re.M))
+    if options & {'hide', 'export'}: return ''
+    code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+    shown = [fence(code, 'python')] if code and 'echo: false' not in options else []
+    return '\n\n'.join(shown + [output(o) for o in cell.get('outputs', [])])
+
+def render(nb):
+    "GitHub Markdown of a notebook, its relative links made to start at the top of the project."
+    document = json.loads(pandoc('\n\n'.join(map(markdown, nb['cells'])), 'markdown-smart-implicit_figures', 'json'))
+    for node in nodes(document):
+        if node['t'] not in ('Link', 'Image'): continue
+        target = node['c'][2]
+        if not re.match(r'[a-z]+:|[#/]', target[0]): target[0] = 'nbs/' + target[0]
+    return NOTE + re.sub(r'^(`{3,}) (\w)', r'\1\2', pandoc(json.dumps(document), 'json', 'gfm'), flags=re.M)
+
+def expected(): return render(json.loads(INDEX.read_text(encoding='utf-8')))
+
+def meaning(text):
+    "What a Markdown text says, whichever version of pandoc laid it out."
+    return json.loads(pandoc(text, 'gfm', 'json'))['blocks']
+
+def current(): return README.exists() and meaning(README.read_text(encoding='utf-8')) == meaning(expected())
+
+def main(argv):
+    if '--check' not in argv: README.write_text(expected(), encoding='utf-8')
+    elif not current(): sys.exit('README.md does not say what nbs/index.ipynb says: run `python tests/readme.py`')
+
+if __name__ == '__main__': main(sys.argv[1:])
