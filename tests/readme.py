@@ -8,10 +8,12 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX, README = ROOT/'nbs'/'index.ipynb', ROOT/'README.md'
 NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit that notebook, not this file. -->\n\n'
 
-def pandoc(text, source, target):
-    "Convert `text` with the pandoc that pypandoc_binary carries."
+def pandoc(text, source, target, warnings=None):
+    "Convert `text` with the pandoc that pypandoc_binary carries; its warnings are appended to `warnings`."
     args = [pypandoc.get_pandoc_path(), '-f', source, '-t', target, '--wrap=none']
-    return subprocess.run(args, input=text, capture_output=True, text=True, encoding='utf-8', check=True).stdout
+    done = subprocess.run(args, input=text, capture_output=True, text=True, encoding='utf-8', check=True)
+    if warnings is not None: warnings += re.findall(r'^\[WARNING\] (.+)', done.stderr, re.M)
+    return done.stdout
 
 def nodes(tree):
     "Every element of a pandoc document, parents first."

@@ -1,0 +1,146 @@
+"How a notebook is written, as far as it can be measured. Each rule is a function; each has a cell that breaks it."
+import ast, itertools, json, re
+from dataclasses import dataclass
+
+import pytest
+
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+EXPORTS = {'export', 'exports', 'exporti'}
+IMPORT = (ast.Import, ast.ImportFrom)
+LONGEST_CELL, LONGEST_COMMENT = 50, 70  # lines; characters
+ABSOLUTE = re.compile(r'(?<![\w.:/<])/(home|root|work|tmp|mnt|Users|opt|usr|var)/\w')
+
+@dataclass
+class Cell:
+    "A notebook cell and what the rules ask about it."
+    raw: dict  # as stored
+
+    @property
+    def source(self): return ''.join(self.raw['source'])
+    @property
+    def code(self): return self.raw['cell_type'] == 'code'
+    @property
+    def lines(self): return self.source.splitlines()
+    @property
+    def outputs(self): return self.raw.get('outputs', [])
+    @property
+    def directives(self): return [l[2:].split() for l in self.lines if l.startswith('#|') and l[2:].split()]
+    @property
+    def exported(self): return self.code and any(d[0] in EXPORTS for d in self.directives)
+    @property
+    def body(self):
+        "Statements other than a bare docstring; shell and magic lines left out."
+        text = '\n'.join('' if l.lstrip().startswith(('%', '!')) else l for l in self.lines)
+        return [n for n in ast.parse(text).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+
+def rule_opening(cells, stem):
+    "default_exp with the notebook's name, then a title and one sentence."
+    first = [d for d in cells[0].directives] if cells and cells[0].code else []
+    if stem[:1].isdigit() and first != [['default_exp', stem[3:]]]: yield f'the first cell is not `#| default_exp {stem[3:]}`'
+    prose = next((c.source for c in cells if not c.code), '')
+    if not re.match(r'# .+\n+> .+', prose): yield 'the first markdown cell is not a title and one sentence'
+
+def rule_closing(cells, stem):
+    "The last cell, hidden, exports."
+    last = cells[-1]
+    if stem[:1].isdigit() and (['hide'] not in last.directives or 'nbdev_export()' not in last.source): yield 'the last cell does not export'
+
+def rule_stored(cells, stem):
+    "Sources are lists of lines; nothing of a particular run is kept; no output is an error."
+    for c in cells:
+        if isinstance(c.raw['source'], str) and '\n' in c.raw['source']: yield 'a source stored as one string'
+        if c.raw.get('execution_count') or any(o.get('execution_count') for o in c.outputs): yield 'an execution count'
+        if any(o['output_type'] == 'error' for o in c.outputs): yield f'a stored error: {c.source[:40]!r}'
+
+def rule_paths(cells, stem):
+    "No path of a particular machine, neither in sources nor in outputs."
+    for c in cells:
+        texts = [c.source, *(json.dumps([o.get('text'), {k: v for k, v in o.get('data', {}).items() if k.startswith('text')}]) for o in c.outputs)]
+        for found in filter(None, map(ABSOLUTE.search, texts)): yield f'an absolute path: {found[0]}'
+
+def rule_directives_lead(cells, stem):
+    "A directive below anything else is ignored by nbdev."
+    for c in filter(lambda c: c.code, cells):
+        below = itertools.dropwhile(lambda l: l.startswith('#|') or not l.strip(), c.lines)
+        if any(l.startswith('#|') for l in below): yield f'a directive that does not lead: {c.source[:40]!r}'
+
+def rule_imports_alone(cells, stem):
+    "Imports have cells of their own; exported code imports names."
+    for c in filter(lambda c: c.code, cells):
+        imports = [n for n in c.body if isinstance(n, IMPORT)]
+        export_cell = 'nbdev_export()' in c.source
+        if imports and len(imports) < len(c.body) and not export_cell: yield f'imports and code in one cell: {c.source[:40]!r}'
+        if c.exported and any(a.name == '*' for n in imports for a in n.names): yield 'import * in exported code'
+
+def rule_short(cells, stem):
+    "An exported cell is at most 50 lines."
+    for c in filter(lambda c: c.exported, cells):
+        n = sum(bool(l.strip()) and not l.startswith('#|') for l in c.lines)
+        if n > LONGEST_CELL: yield f'an exported cell of {n} lines: {c.source[:40]!r}'
+
+def public(cell):
+    "Public functions and classes of a cell, and the public methods and `__init__` of those classes."
+    for node in cell.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from (m for m in node.body if isinstance(m, ast.FunctionDef) and (m.name == '__init__' or m.name[0] != '_'))
+
+def rule_documented(cells, stem):
+    "Public functions and classes have a docstring, their parameters a short comment."
+    for c in filter(lambda c: c.exported, cells):
+        for node in public(c):
+            if node.name != '__init__' and not ast.get_docstring(node): yield f'{node.name} has no docstring'
+            if isinstance(node, ast.ClassDef): continue
+            a = node.args
+            for arg in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
+                code, mark, comment = c.lines[arg.end_lineno - 1][arg.end_col_offset:].partition('#')
+                if arg.arg in ('self', 'cls'): continue
+                if not mark: yield f'{node.name}: the parameter {arg.arg} has no comment'
+                if len(comment.strip()) > LONGEST_COMMENT: yield f'{node.name}: the comment of {arg.arg} has {len(comment.strip())} characters'
+
+def rule_finished(cells, stem):
+    "Nothing is left for later."
+    for c in cells:
+        for word in re.findall(r'\b(TODO|FIXME|XXX|NotImplementedError)\b', c.source): yield f'{word}: {c.source[:40]!r}'
+
+RULES = [f for name, f in list(globals().items()) if name.startswith('rule_')]
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_keeps_the_rules(path):
+    cells = [Cell(c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    found = [fault for rule in RULES for fault in rule(cells, path.stem)]
+    assert not found, '\n'.join(found)
+
+def code(source, **stored): return Cell({'cell_type': 'code', 'source': source.splitlines(True), 'outputs': [], **stored})
+
+def md(source): return Cell({'cell_type': 'markdown', 'source': source.splitlines(True)})
+
+SOUND = [code('#| default_exp x'), md('# X\n\n> A sentence.'), code('#| export\nimport math'),
+         code('#| exports\ndef f(\n    a:int, # a count\n):\n    "Returns it."\n    return a'),
+         code('#| hide\nimport nbdev; nbdev.nbdev_export()')]
+
+def test_a_sound_notebook_passes(): assert [fault for rule in RULES for fault in rule(SOUND, '00_x')] == []
+
+@pytest.mark.parametrize('rule, at, cell', [
+    (rule_opening, 0, code('#| default_exp y')),
+    (rule_opening, 1, md('# X')),
+    (rule_closing, 4, code('nbdev.nbdev_export()')),
+    (rule_stored, 3, code('1', execution_count=3)),
+    (rule_stored, 3, code('1', outputs=[{'output_type': 'error'}])),
+    (rule_stored, 3, Cell({'cell_type': 'code', 'source': 'a\nb'})),
+    (rule_paths, 3, code("open('/home/me/x')")),
+    (rule_paths, 3, code('1', outputs=[{'output_type': 'stream', 'text': ['in /tmp/abc']}])),
+    (rule_directives_lead, 3, code('x = 1\n#| export')),
+    (rule_imports_alone, 3, code('import math\nx = 1')),
+    (rule_imports_alone, 2, code('#| export\nfrom math import *')),
+    (rule_short, 3, code('#| export\n' + 'x = 1\n' * 51)),
+    (rule_documented, 3, code('#| export\ndef f(\n    a, # a count\n):\n    return a')),
+    (rule_documented, 3, code('#| export\ndef f(\n    a,\n):\n    "Returns it."\n    return a')),
+    (rule_documented, 3, code('#| export\ndef f(\n    a, # ' + 'long ' * 20 + '\n):\n    "Returns it."\n    return a')),
+    (rule_finished, 3, code('x = 1 # TODO')),
+])
+def test_a_broken_rule_is_found(rule, at, cell):
+    assert list(rule([*SOUND[:at], cell, *SOUND[at + 1:]], '00_x'))
