@@ -35,6 +35,10 @@ def test_sidebar_lists_every_notebook():
     contents = load(ROOT/'nbs'/'sidebar.yml')['website']['sidebar']['contents']
     assert list(listed(contents)) == ['index.ipynb', *sorted(p.name for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))]
 
+def test_landing_page_links_every_notebook():
+    page = (ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8')
+    assert [p.name for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if f']({p.name})' not in page] == []
+
 FRONT = {'cell_type': 'raw', 'source': '---\ntitle: A\ndescription: B\noutput-file: a.html\n---'}
 PICTURE = [{'output_type': 'display_data', 'data': {'image/png': ''}}]
 
