@@ -28,10 +28,11 @@ class DiscriminatorConfig:
     heads: tuple[int, ...] = ()  # channels of the encoder's maps, a head each
     head_in: int = 32  # channels a head keeps of its map; ≥ 1; modern preset
     head_ch: int = 64  # channels inside a head; ≥ 1; modern preset
+    head_px: int = 16  # wider maps are halved by conv1; px; ≥ 1; measured below
 
     def __post_init__(self):
         if self.img_res < 8 or self.img_res & (self.img_res - 1): raise ValueError(f'img_res must be a power of two ≥ 8, not {self.img_res}')
-        for name in ('num_classes', 'd_base_ch', 'head_in', 'head_ch'):
+        for name in ('num_classes', 'd_base_ch', 'head_in', 'head_ch', 'head_px'):
             if getattr(self, name) < 1: raise ValueError(f'{name} must be ≥ 1, not {getattr(self, name)}')
         if self.duet_dim < 0: raise ValueError(f'duet_dim must be ≥ 0, not {self.duet_dim}')
         if any(c < 1 for c in self.heads): raise ValueError(f'heads must be channel counts ≥ 1, not {self.heads}')
@@ -103,13 +104,14 @@ class MapHead(nn.Module):
         self.conv1 = conv(cfg.head_in, cfg.head_ch, 3, norm=cfg.spectral_norm)
         self.conv2 = conv(cfg.head_ch, cfg.head_ch, 3, norm=cfg.spectral_norm)
         self.to_logit = conv(cfg.head_ch, 1, 1, norm=cfg.spectral_norm)
-        self.embed = nn.Embedding(cfg.num_classes, cfg.head_ch)
+        self.embed, self.head_px = nn.Embedding(cfg.num_classes, cfg.head_ch), cfg.head_px
 
     def forward(self,
         m: torch.Tensor, # (N, c_in, H, W) standardised map
         y: torch.Tensor, # (N,) labels
     ) -> torch.Tensor: # (N,)
-        f = F.leaky_relu(self.conv1(F.conv2d(m, self.mix)), 0.2)
+        stride = 2 if m.shape[-1] > self.head_px else 1
+        f = F.leaky_relu(F.conv2d(F.conv2d(m, self.mix), self.conv1.weight, self.conv1.bias, stride, 1), 0.2)
         f = F.leaky_relu(self.conv2(f), 0.2).mean((2, 3))  # (N, head_ch)
         fit = (F.normalize(self.embed(y), dim=1) * f).sum(1)
         return self.to_logit(f[:, :, None, None]).flatten() + fit
