@@ -128,9 +128,9 @@ def to_uint8(
 # %% ../nbs/00_data.ipynb #aced0700
 def _images_below(folder) -> list[str]:  # sorted paths
     "Every image file below a folder; links are followed once, hidden names left out."
-    def stop(e): raise InputError(f'{e.filename}: may not be listed; change its permissions')
+    def _stop(e): raise InputError(f'{e.filename}: may not be listed; change its permissions')
     found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
         new = (real := os.path.realpath(here)) not in seen; seen.add(real)
         folders[:] = sorted(d for d in folders if new and d[0] != '.')
         found += [os.path.join(here, f) for f in files if new and f[0] != '.' and f.lower().endswith(IMAGE_SUFFIXES)]
@@ -200,7 +200,7 @@ def _located(path, bases) -> str:  # the first place where the file is
 
 def _named(bad, n=10) -> str:
     "The first ten of a list, and how many there are."
-    return '; '.join(map(str, bad[:n])) + (f'; and {len(bad) - n} more' if len(bad) > n else '')
+    return ' | '.join(map(str, bad[:n])) + (f' | and {len(bad) - n} more' if len(bad) > n else '')
 
 # %% ../nbs/00_data.ipynb #f6a7c1af
 def load_manifest(
@@ -305,11 +305,11 @@ def phash(
 ) -> np.ndarray:  # (len(orientations), N) uint64
     "The 64-bit perceptual hash of each thumbnail, as it lies and turned."
     f, odd = _frequencies(thumbs), np.where(np.arange(8) % 2, -1., 1.)
-    def bits(o):
+    def _bits(o):
         a = f.swapaxes(1, 2) if o & 4 else f
         a = (a * (odd[:, None] if o & 2 else 1) * (odd if o & 1 else 1)).reshape(len(f), 64)
         return np.packbits(a > np.median(a, 1, keepdims=True), axis=1).view('>u8').ravel().astype(np.uint64)
-    return np.stack([bits(o) for o in orientations])
+    return np.stack([_bits(o) for o in orientations])
 
 # %% ../nbs/00_data.ipynb #c0e3c444
 FLAT = 2.0  # grey levels; what JPEG leaves recognisable above it: measured below
@@ -381,10 +381,10 @@ def families(
 ) -> np.ndarray:  # (N,) int: the unit of each patch
     "Number the sets of patches that must stay in one split."
     rows = np.arange(len(df))
-    def first(values): code = pd.factorize(values)[0]; return np.unique(code, return_index=True)[1][code]
-    exact, links = first(df.sha256), []
+    def _first(values): code = pd.factorize(values)[0]; return np.unique(code, return_index=True)[1][code]
+    exact, links = _first(df.sha256), []
     links.append((rows, exact))
-    if 'group' in df: links.append((rows, np.where(df.group.fillna('') == '', rows, first(df.group.fillna('')))))
+    if 'group' in df: links.append((rows, np.where(df.group.fillna('') == '', rows, _first(df.group.fillna('')))))
     one = np.unique(exact)  # one of each set of exact copies
     if threshold < 1: near = near_duplicates(thumbs[one], threshold); links.append((one[near.i], one[near.j]))
     a, b = (np.concatenate(side) for side in zip(*links))
@@ -435,7 +435,7 @@ def _halves(n):
 
 def _deal_rows(df, rows, want, seed) -> np.ndarray:  # (len(rows),) 0, 1 or 2
     "Deal some rows of a manifest with a column unit; `want` maps class sizes to targets."
-    unit, label = pd.factorize(df.unit.values[rows])[0], pd.factorize(df.label.values[rows])[0]
+    unit, label = pd.factorize(df.unit.to_numpy()[rows])[0], pd.factorize(df.label.to_numpy()[rows])[0]
     counts = np.zeros((unit.max() + 1, label.max() + 1), int); np.add.at(counts, (unit, label), 1)
     target = want(counts.sum(0))
     return _fill_gaps(_deal(counts, target, seed), counts, target)[unit]
@@ -530,9 +530,10 @@ class BalancedSampler:
         self.samples_per_class, self.seed, self.rank, self.world = samples_per_class, seed, rank, world
         mine = samples_per_class * len(self.members) // self.unit // world * self.unit
         self.length = mine - mine % batch_size  # images of one epoch in this process
+        if not self.length: raise InputError(f'--data.samples-per-class: an epoch of {mine} images holds no batch of {batch_size}; raise it')
         self.epoch = self.position = 0
 
-    def __len__(self): return self.length - self.position
+    def __len__(self): return self.length
     def __iter__(self): return iter(self.order(self.epoch)[self.position:].tolist())
 
 # %% ../nbs/00_data.ipynb #729c7456
@@ -605,8 +606,8 @@ class DataConfig:
     samples_per_class: int = 1000  # SAMPLES_PER_CLASS: per epoch; >= 1; seed
     drop_last: bool = True  # DROP_LAST: leave out a batch cut short; seed
     pairs: bool = False  # images come in pairs of one class; decided
-    val_frac: float = .15  # set aside for evaluation; [0, 1); decided
-    test_frac: float = .15  # set aside for the final test; [0, 1); decided
+    val_frac: float = .15  # one root: share held back for evaluation; [0, 1); decided
+    test_frac: float = .15  # one root: share for the final test; [0, 1); decided
     group_regex: str = ''  # file name -> family (patient, slide); 1 group
     near_duplicate: float = .95  # correlation of copies; (0, 1]; measured
     cache_mb: float = 1024  # decoded patches kept in memory; MiB; decided
@@ -668,7 +669,7 @@ def _unchanged(df, seen: Inspected) -> pd.DataFrame:  # the manifest as it was
     "A manifest that is split already, after a check that its files are the same."
     lost = [c for c in ('label', 'split', 'sha256') if c not in df]
     if lost: raise InputError(f'manifest: has no column {lost[0]}; pass one that `open_data` made')
-    changed = df.path[df.sha256.values != seen.df.sha256.values].tolist()
+    changed = df.path[df.sha256.to_numpy() != seen.df.sha256.to_numpy()].tolist()
     if changed: raise InputError(f'{len(changed)} of {len(df)} patches have changed since the run began ({_named(changed)}); restore them or start a new run')
     return df
 
@@ -676,9 +677,7 @@ def _unchanged(df, seen: Inspected) -> pd.DataFrame:  # the manifest as it was
 def _check_use(df, cfg: DataConfig):
     "What can only be judged once the patches are known."
     train, val, classes = (df.split == 'train').sum(), df[df.split == 'val'], sorted(set(df.label))
-    epoch = cfg.samples_per_class * len(classes)
     if cfg.batch_size > train: raise InputError(f'--data.batch-size: {cfg.batch_size} is more than the {train} training patches; lower it')
-    if cfg.drop_last and cfg.batch_size > epoch: raise InputError(f'--data.samples-per-class: an epoch of {epoch} images holds no batch of {cfg.batch_size}; raise it')
     if not cfg.val_frac and cfg.policy == 'from_one_root': return
     wanted = round(len(df) * cfg.val_frac) if cfg.policy == 'from_one_root' else 0
     lost = [c for c in classes if c not in set(val.label)]
@@ -709,6 +708,7 @@ def open_data(
     df = _unchanged(df, seen) if manifest is not None else split(
         df, cfg.policy, cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen)
     _check_use(df, cfg)
+    if seen.images is None: warn_line(f'{len(df)} patches of {cfg.image_size} px need more than --data.cache-mb {cfg.cache_mb:g}; every epoch decodes its files again')
     classes = sorted(set(df.label))
     parts = {s: HistoDataset(df[df.split == s], classes, cfg.image_size, seen.images) for s in ('train', 'val')}
     order = BalancedSampler(parts['train'].labels, cfg.samples_per_class, cfg.seed, cfg.pairs, cfg.batch_size if cfg.drop_last else 1)
