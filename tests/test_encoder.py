@@ -1,0 +1,260 @@
+"The encoder on files of full size: PathoDuet's layout, damaged and hostile files, the small CNN on real patches, the command line."
+import pickle, tempfile, zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from conftest import run_cli
+from histogan.data import InputError
+from histogan.encoder import CNNConfig, load_encoder, load_pathoduet, own_cnn, read_tensors, train_cnn
+
+torch.set_num_threads(1)
+DEPTH, DIM, HEADS = 12, 768, 12
+
+def layout():
+    "Names and shapes of PathoDuet's H&E checkpoint, written from the architecture."
+    yield from dict(cls_token=(1, 1, DIM), pretext_token=(1, 1, DIM), pos_embed=(1, 2 + 14 * 14, DIM)).items()
+    def pair(name, *shape): return [(f'{name}.weight', shape), (f'{name}.bias', shape[:1])]
+    yield from pair('patch_embed.proj', DIM, 3, 16, 16)
+    for k in range(DEPTH):
+        for name, shape in dict(norm1=(DIM,), norm2=(DIM,)).items(): yield from pair(f'blocks.{k}.{name}', *shape)
+        yield from pair(f'blocks.{k}.attn.qkv', 3 * DIM, DIM) + pair(f'blocks.{k}.attn.proj', DIM, DIM)
+        yield from pair(f'blocks.{k}.mlp.fc1', 4 * DIM, DIM) + pair(f'blocks.{k}.mlp.fc2', DIM, 4 * DIM)
+    yield from pair('fc_norm', DIM)
+
+def random_state(seed=0):
+    "Random weights that keep the activations in a sane range."
+    gen, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in layout():
+        x = torch.empty(shape)
+        if 'norm' in name: x.normal_(float(name.endswith('weight')), .2, generator=gen)
+        elif name.endswith(('token', 'embed')): x.normal_(0, 1, generator=gen)
+        elif name.endswith('bias'): x.normal_(0, .1, generator=gen)
+        else: x.normal_(0, x[0].numel() ** -.5, generator=gen)
+        state[name] = x
+    return state
+
+def forward(s, x):
+    "PathoDuet by hand: x (N, 3, 224, 224) in [0, 1] -> (N, 768)."
+    def norm(t, name): return F.layer_norm(t, (DIM,), s[f'{name}.weight'], s[f'{name}.bias'], 1e-6)
+    def linear(t, name): return t @ s[f'{name}.weight'].T + s[f'{name}.bias']
+    n = len(x)
+    patches = F.conv2d(x, s['patch_embed.proj.weight'], s['patch_embed.proj.bias'], 16).flatten(2).mT  # (N, 196, 768)
+    t = torch.cat([s['pretext_token'].expand(n, -1, -1), s['cls_token'].expand(n, -1, -1), patches], 1) + s['pos_embed']
+    for k in range(DEPTH):
+        b = f'blocks.{k}'
+        q, key, v = linear(norm(t, f'{b}.norm1'), f'{b}.attn.qkv').view(n, -1, 3, HEADS, DIM // HEADS).permute(2, 0, 3, 1, 4)
+        mixed = torch.softmax(q @ key.mT / (DIM // HEADS) ** .5, -1) @ v  # (N, heads, 198, 64)
+        t = t + linear(mixed.transpose(1, 2).reshape(n, -1, DIM), f'{b}.attn.proj')
+        t = t + linear(F.gelu(linear(norm(t, f'{b}.norm2'), f'{b}.mlp.fc1')), f'{b}.mlp.fc2')
+    return norm(t[:, 2:].mean(1), 'fc_norm')
+
+@pytest.fixture(scope='module')
+def folder():
+    with tempfile.TemporaryDirectory() as d: yield Path(d)
+
+@pytest.fixture(scope='module')
+def state(): return random_state()
+
+@pytest.fixture(scope='module')
+def flat(folder, state):
+    torch.save(state, folder/'checkpoint_HE.pth')
+    return folder/'checkpoint_HE.pth'
+
+@pytest.fixture(scope='module')
+def duet(flat): return load_encoder(f'pathoduet:{flat}')
+
+@pytest.fixture
+def x(): return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+def relative(a, b): return ((a - b).norm() / b.norm()).item()
+
+# ---- PathoDuet
+
+def test_pathoduet_layout(state, flat, duet):
+    assert len(state) == 151 and sum(v.numel() for v in state.values()) == 85_800_192
+    assert abs(flat.stat().st_size / 1e6 - 343) < 1
+    assert (duet.dim, duet.size, duet.value_range, duet.mean, duet.map_channels) == (768, 224, (0., 1.), None, (768,) * 3)
+    assert 'CC-BY-NC' in duet.licence and duet.note == '' and not duet.training
+
+def test_pathoduet_equals_the_architecture(state, duet, x):
+    with torch.no_grad():
+        out = duet.encode(x)
+        want = forward(state, (x + 1) / 2)
+        assert_close(out.vector, want, atol=1e-4, rtol=1e-4)
+        assert [tuple(m.shape) for m in out.maps] == [(1, 768, 14, 14)] * 3
+        assert_close(out.maps[-1].flatten(2).mean(2), duet.net.model.forward_features((x + 1) / 2)[:, 2:].mean(1), atol=1e-4, rtol=1e-4)
+        small = F.interpolate(x, (64, 64), mode='area')
+        big = F.interpolate(small, (224, 224), mode='bilinear', antialias=True)
+        assert_close(duet(small), forward(state, (big + 1) / 2), atol=1e-4, rtol=1e-4)
+
+def test_pathoduet_shortcuts_change_the_features(state, x):
+    with torch.no_grad():
+        right, unit = forward(state, (x + 1) / 2), (x + 1) / 2
+        mean, std = torch.tensor([.485, .456, .406])[:, None, None], torch.tensor([.229, .224, .225])[:, None, None]
+        assert relative(forward(state, (unit - mean) / std), right) > .01
+        assert relative(forward(state, x), right) > .01
+        swapped = state | {'pos_embed': state['pos_embed'][:, [1, 0, *range(2, 198)]]}
+        assert relative(forward(swapped, unit), right) > 1e-3
+        import timm
+        usual = timm.create_model('vit_base_patch16_224', num_classes=0, global_pool='avg').eval()
+        lost = usual.load_state_dict({k: v for k, v in state.items() if k != 'pretext_token'} | {'pos_embed': state['pos_embed'][:, 1:]}, strict=False)
+        assert not lost.missing_keys and not lost.unexpected_keys
+        assert relative(usual(unit), right) > 1e-3
+
+@pytest.mark.parametrize('wrap', ['state_dict', 'module.', 'module.base_encoder.'])
+def test_pathoduet_training_files(folder, state, duet, wrap):
+    prefix = '' if wrap == 'state_dict' else wrap
+    inner = {prefix + k: v for k, v in state.items()} | {f'{prefix}head.{k}': torch.ones(2, 2) for k in ('weight', 'bias')}
+    if 'base' in wrap: inner |= {'module.momentum_encoder.cls_token': state['cls_token'], 'module.predictor.0.weight': torch.ones(2, 2)}
+    torch.save(dict(epoch=20, arch='vit_base', state_dict=inner, optimizer=dict(state={}, param_groups=[dict(lr=1e-4)]), scaler={}), folder/'wrapped.pth.tar')
+    again = load_pathoduet(folder/'wrapped.pth.tar')
+    for k, v in duet.state_dict().items(): assert_close(again.state_dict()[k], v, rtol=0, atol=0)
+    assert again.note.startswith('2 tensors of a classification head')
+
+def test_pathoduet_reads_files_that_cannot_be_mapped(folder, state, duet):
+    torch.save(state, folder/'old.pth', _use_new_zipfile_serialization=False)
+    assert_close(load_pathoduet(folder/'old.pth').state_dict()['net.model.pos_embed'], duet.state_dict()['net.model.pos_embed'], rtol=0, atol=0)
+    (folder/'old.pth').unlink()
+
+@pytest.mark.parametrize('change, words', [
+    (lambda s: {k: v for k, v in s.items() if k != 'fc_norm.weight'}, 'tensor fc_norm.weight is missing'),
+    (lambda s: {k: v for k, v in s.items() if k != 'pretext_token'}, 'tensor pretext_token is missing'),
+    (lambda s: s | {'blocks.3.attn.qkv.weight': torch.ones(3, 3)}, 'tensor blocks.3.attn.qkv.weight has shape (3, 3), not (2304, 768)'),
+    (lambda s: s | {'norm.weight': torch.ones(768)}, 'tensor norm.weight is unknown'),
+    (lambda s: s | {'blocks.12.norm1.weight': torch.ones(768)}, 'tensor blocks.12.norm1.weight is unknown'),
+    (lambda s: s | {'cls_token': 'text'}, 'tensor cls_token has shape'),
+    (lambda s: {'state_dict': [1]}, 'no table of tensors'),
+    (lambda s: {}, 'is missing')])
+def test_pathoduet_refuses_anything_else(folder, state, change, words):
+    torch.save(change({k: v for k, v in state.items()}), folder/'wrong.pth')
+    with pytest.raises(InputError) as e: load_pathoduet(folder/'wrong.pth')
+    assert words in str(e.value) and 'wrong.pth' in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('share', [0, .0001, .5, .999])
+def test_truncated_file(folder, flat, share):
+    short = folder/'short.pth'
+    with open(flat, 'rb') as f: short.write_bytes(f.read(int(flat.stat().st_size * share)))
+    with pytest.raises(InputError, match='short.pth') as e: load_pathoduet(short)
+    assert '\n' not in str(e.value)
+    short.unlink()
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_gradient_reaches_the_pixels_through_either_attention(flat, x, fused):
+    from timm.layers import set_fused_attn, use_fused_attn
+    before = use_fused_attn()
+    try:
+        set_fused_attn(fused)
+        encoder = load_pathoduet(flat)
+    finally: set_fused_attn(bool(before))
+    assert encoder.net.model.blocks[0].attn.fused_attn == fused
+    xg = x.clone().requires_grad_()
+    encoder(xg).square().sum().backward()
+    assert xg.grad.isfinite().all() and (xg.grad.abs() > 0).float().mean() > .99
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+
+# ---- hostile and damaged files
+
+class Evil:
+    "Touches a file when it is unpickled."
+    def __init__(self, mark): self.mark = str(mark)
+    def __reduce__(self): return (open, (self.mark, 'w'))
+
+def hostile(path, mark, form):
+    "A file that runs code when it is opened carelessly."
+    if form == 'pickle': path.write_bytes(pickle.dumps({'state_dict': Evil(mark)}))
+    else: torch.save({'state_dict': {'cls_token': Evil(mark)}}, path, _use_new_zipfile_serialization=form == 'zip')
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
+@pytest.mark.parametrize('spec', ['pathoduet:{}', 'timm:resnet18:{}', 'cnn:{}'])
+def test_no_file_runs_code(tmp_path, form, spec):
+    mark = tmp_path/'it ran'
+    hostile(tmp_path/'evil.pth', mark, form)
+    with pytest.raises(InputError, match='nothing in it was run'): load_encoder(spec.format(tmp_path/'evil.pth'))
+    assert not mark.exists()
+    if form == 'zip': torch.load(tmp_path/'evil.pth', weights_only=False)
+    if form == 'zip': assert mark.exists()  # it would have
+
+@pytest.mark.parametrize('name, make', [
+    ('empty.pth', lambda p: p.touch()), ('text.pth', lambda p: p.write_text('PathoDuet')), ('image.pth', lambda p: Image.new('RGB', (8, 8)).save(p, 'PNG')),
+    ('empty.safetensors', lambda p: p.touch()), ('text.safetensors', lambda p: p.write_text('PathoDuet')), ('folder.pth', lambda p: p.mkdir()),
+    ('zip.pth', lambda p: zipfile.ZipFile(p, 'w').close())])
+def test_files_that_are_no_weights(tmp_path, name, make):
+    make(tmp_path/name)
+    with pytest.raises(InputError) as e: read_tensors(tmp_path/name)
+    assert name in str(e.value) and '\n' not in str(e.value)
+
+# ---- the small CNN
+
+def real(shared, part, n, size=64):
+    "Real patches (the three bone classes) as arrays."
+    classes = ('bone_necrotic', 'bone_nontumor', 'bone_viable')
+    files = [(p, k) for k, c in enumerate(classes) for p in sorted((shared/'data'/'histo5_128'/part/c).iterdir())[:n]]
+    return np.stack([np.asarray(Image.open(p).convert('RGB').resize((size, size), Image.Resampling.BICUBIC)) for p, _ in files]), np.array([k for _, k in files])
+
+def test_cnn_learns_real_tissue_and_is_reproducible(shared):
+    images, labels = real(shared, 'train', 288)
+    held = np.random.default_rng(0).permutation(len(images)) < 150
+    cfg = CNNConfig(steps=150)
+    net, log = train_cnn(images[~held], labels[~held], 3, cfg)
+    x = torch.as_tensor(images[held]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad(): assert (net(x).argmax(1).numpy() == labels[held]).mean() > .7
+    torch.rand(3)  # the state of the global generator plays no part
+    again, log2 = train_cnn(images[~held], labels[~held], 3, CNNConfig(steps=20))
+    assert_close(train_cnn(images[~held], labels[~held], 3, CNNConfig(steps=20))[0].state_dict(), again.state_dict(), rtol=0, atol=0)
+
+def test_cnn_is_trained_once_and_a_damaged_copy_is_replaced(tmp_path):
+    rng = np.random.default_rng(0)
+    data, cfg = (rng.integers(0, 256, (24, 32, 32, 3), np.uint8), np.arange(24) % 3), CNNConfig(steps=3, widths=(4, 4, 4))
+    def make(): return own_cnn(data, 3, tmp_path, cfg, progress=False)
+    first, (file,) = make(), tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    assert_close(make().state_dict(), first.state_dict(), rtol=0, atol=0)
+    assert file.stat().st_mtime_ns == stamp
+    file.write_bytes(file.read_bytes()[:-10])
+    assert_close(make().state_dict(), first.state_dict(), rtol=0, atol=0)
+    assert file.stat().st_mtime_ns != stamp and len(list(tmp_path.iterdir())) == 1
+    assert_close(load_encoder(f'cnn:{file}').state_dict(), first.state_dict(), rtol=0, atol=0)
+
+def test_large_patches_are_cropped_and_an_absent_class_is_allowed():
+    rng = np.random.default_rng(0)
+    net, _ = train_cnn(rng.integers(0, 256, (6, 48, 48, 3), np.uint8), np.array([0, 0, 1, 1, 3, 3]), 4, CNNConfig(steps=2, crop=16, widths=(4, 4)))
+    assert net(torch.zeros(1, 3, 48, 48)).shape == (1, 4)
+    with pytest.raises(ValueError, match='labels'): train_cnn(rng.integers(0, 256, (2, 16, 16, 3), np.uint8), [0, 4], 4)
+    with pytest.raises(ValueError, match='do not fit'): train_cnn(rng.integers(0, 256, (2, 16, 16, 3), np.uint8), [0], 4)
+
+# ---- the command line
+
+@pytest.fixture(scope='module')
+def patches(folder):
+    "A folder of two classes, 16 image files each."
+    rng = np.random.default_rng(0)
+    for name in ('ADI', 'TUM'):
+        (folder/'patches'/name).mkdir(parents=True)
+        for i in range(16): Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder/'patches'/name/f'{i}.png')
+    return folder/'patches'
+
+def train(patches, *args):
+    return run_cli(['histogan.train', '--preset', 'smoke', '--data.root', patches, '--data.image-size', '16', '--data.batch-size', '4', '--run.n-eval', '12',
+                    '--run.steps', '4', *args], cwd=patches.parent)
+
+@pytest.mark.parametrize('kind', ['short', 'other', 'evil'])
+def test_wrong_encoder_file_ends_with_2(patches, flat, kind):
+    path, mark = flat.parent/f'{kind}.pth', flat.parent/f'{kind} ran'
+    if kind == 'short': path.write_bytes(flat.read_bytes()[:10 ** 6])
+    elif kind == 'other': torch.save({'weight': torch.ones(3)}, path)
+    else: hostile(path, mark, 'zip')
+    done = train(patches, '--out', f'run-{kind}', '--encoder', f'pathoduet:{path}')
+    lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
+    assert done.rc == 2 and len(lines) == 1 and path.name in lines[0] and 'Traceback' not in done.err, done.err
+    assert not mark.exists() and not (patches.parent/f'run-{kind}'/'checkpoints').exists()
+
+def test_train_on_an_encoder_of_its_own(patches):
+    done = train(patches, '--out', 'run-cnn', '--encoder', 'cnn')
+    assert done.rc == 0, done.err
+    assert len(list(patches.parent.glob('**/cnn-*.safetensors'))) == 1
