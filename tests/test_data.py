@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
-from histogan.data import (SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, families, inspect, load_manifest, near_duplicates,
-                           open_data, orient, read_rgb, resize, save_manifest, scan, split)
+from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, families, inspect, load_manifest, near_duplicates,
+                           _candidates, _deal, open_data, orient, read_rgb, resize, save_manifest, scan, split)
 from conftest import run_python
 
 def tissue(seed, px=32):
@@ -260,6 +260,28 @@ def test_shares_with_families_of_eight():
     share = pd.crosstab(s.label, s.split, normalize='index')
     assert (share.val - .15).abs().max() <= .02 and (share.test - .15).abs().max() <= .02
 
+def family_frame(sizes, label='A'):
+    n = sum(sizes)
+    df = pd.DataFrame(dict(path='', label=label, sha256=[str(i) for i in range(n)], group=np.repeat([f'g{i}' if s > 1 else '' for i, s in enumerate(sizes)], sizes)))
+    return df, Inspected(df, np.zeros((n, 32, 32), np.uint8), None)
+
+def test_singles_make_the_shares_exact():
+    df, seen = family_frame([5] * 20 + [1] * 100)
+    assert split(df, seen=seen).split.value_counts().to_dict() == dict(train=140, val=30, test=30)
+
+def test_three_large_families_reach_every_split():
+    "Dealing alone would give all three to training: each is far more than validation wants."
+    df, seen = family_frame([10, 10, 10])
+    assert split(df, seen=seen).split.value_counts().to_dict() == dict(train=10, val=10, test=10)
+
+def test_a_single_family_trains():
+    df, seen = family_frame([10])
+    assert set(split(df, seen=seen).split) == {'train'}
+
+def test_a_split_that_wants_nothing_gets_nothing():
+    assert _deal(np.array([[4], [4], [1]]), np.array([[1], [0], [0]]), 0).tolist() == [0, 0, 0]
+    assert _deal(np.array([[4], [4], [1]]), np.array([[0], [1], [0]]), 0).tolist()[:2] == [1, 1]
+
 def test_no_evaluation_wanted():
     df = pd.DataFrame(dict(path='', label=list('AB') * 20, sha256=[str(i) for i in range(40)], group=[f'g{i // 4}' for i in range(40)]))
     seen = Inspected(df, np.zeros((40, 32, 32), np.uint8), None)
@@ -295,6 +317,15 @@ def test_glass_is_no_family():
     glass = (235 - 15 * (u[:, None] ** 2 + u ** 2) + rng.normal(0, .5, (3000, 32, 32))).round().astype(np.uint8)
     df = pd.DataFrame(dict(path='', label='A', sha256=[str(i) for i in range(3000)]))
     assert len(set(families(df, glass))) == 3000
+
+def test_close_hashes_are_all_found():
+    "Against brute force: complete up to 7 bits, nothing beyond the limit, whatever the bits."
+    rng = np.random.default_rng(0); a = rng.integers(0, 2 ** 64, 600, dtype=np.uint64)
+    for k in range(300):
+        a[300 + k] = a[k] ^ np.bitwise_or.reduce(np.left_shift(np.uint64(1), rng.choice(64, k % 10, replace=False).astype(np.uint64)), initial=np.uint64(0))
+    found = {(i, j) for p in _candidates(a, a) for i, j in zip(*p)}
+    i, j = np.triu_indices(600, 1); d = np.bitwise_count(a[i] ^ a[j])
+    assert set(zip(i[d <= 7], j[d <= 7])) <= found <= set(zip(i[d <= HASH_BITS], j[d <= HASH_BITS])) and (d <= 7).sum() >= 240
 
 def test_search_is_not_quadratic():
     "20,000 patches have 200 million pairs; the planted turned copies are all found, in seconds."
