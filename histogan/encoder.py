@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,7 +230,7 @@ def train_cnn(
     opt = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     lr = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.2)
     log, batches = [], _batches(images, labels, cfg, device)
-    for _ in tqdm(range(cfg.steps), 'encoder', leave=False, disable=not progress):
+    for _ in tqdm(range(cfg.steps), 'encoder', leave=False, disable=None if progress else True):
         x, y = next(batches)
         logits = net(x)
         loss = F.cross_entropy(logits, y, label_smoothing=cfg.label_smoothing)
@@ -285,10 +286,12 @@ def read_tensors(
     if not Path(path).is_file(): raise InputError(f'{path}: no such file; check the path given to --encoder')
     try:
         if str(path).endswith('.safetensors'): return load_file(path)
-        try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError as e:
-            if 'mmap' not in str(e): raise  # written before torch 1.6
-            return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what torch thinks of a file's protocol is no news to a user
+            try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            except RuntimeError as e:
+                if 'mmap' not in str(e): raise  # written before torch 1.6
+                return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError: raise InputError(f'{path}: refused, it holds more than plain tensors or is no checkpoint; nothing in it was run') from None
     except Exception as e: raise InputError(f'{path}: not a readable file of weights, perhaps cut short ({type(e).__name__}); fetch it again') from None
 
@@ -493,13 +496,14 @@ def load_encoder(
     size: int | None = None, # side timm CNNs resize to; px; None = as is
     cnn: CNNConfig = CNNConfig(), # how cnn is trained
     device: str = 'cpu', # where it is trained and measured
+    progress: bool = True, # show a bar while cnn trains
 ) -> Encoder | None: # frozen, on `device`; None for none
     "The encoder that a word on the command line asks for."
     kind, _, rest = spec.partition(':')
     if kind == 'none' and not rest: return None
     if kind == 'cnn' and not rest:
         if data is None or num_classes is None: raise InputError('--encoder cnn: trains on the data, and there are none here; give cnn:PATH')
-        return own_cnn(data, num_classes, cache_dir, cnn, device).to(device)
+        return own_cnn(data, num_classes, cache_dir, cnn, device, progress).to(device)
     if kind == 'cnn': return load_cnn(rest, num_classes).to(device)
     if kind == 'pathoduet' and rest: encoder = load_pathoduet(rest)
     elif kind == 'timm' and rest: encoder = load_timm(*rest.partition(':')[::2], size)
