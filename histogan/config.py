@@ -10,8 +10,8 @@ __all__ = ['PRESETS', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'Config', 'fr
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
 
-# %% ../nbs/50_config.ipynb #6006b4fa
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch loads its OpenMP: see "Threads" below
+# %% ../nbs/50_config.ipynb #57848abd
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenMP: see "Threads" in 52_train
 
 # %% ../nbs/50_config.ipynb #788c73f3
 import contextlib, dataclasses, difflib, io, json, re, sys, types, typing, warnings
@@ -121,7 +121,7 @@ def _demo() -> Config:
                         lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=1.0),
         optim=OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1, total_steps_estimate=0, warmup=50),
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True), ema=EmaConfig(half_life_img=3000.0),
-        run=RunConfig(steps=1200, sample_every=200, save_every=400, d4=True, share_fakes=True))
+        run=RunConfig(steps=1000, sample_every=200, save_every=500, d4=True, share_fakes=True))
 
 # %% ../nbs/50_config.ipynb #ae5b2caa
 def _smoke() -> Config:

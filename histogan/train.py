@@ -15,8 +15,8 @@ __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLU
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
 
-# %% ../nbs/52_train.ipynb #7175c8d7
-import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, sys, tempfile, time, warnings
+# %% ../nbs/52_train.ipynb #a83e2731
+import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, sys, tempfile, time
 import numpy as np
 import scipy.linalg
 import torch
@@ -28,12 +28,12 @@ from tqdm.auto import tqdm
 from typing import NamedTuple
 from .augment import AdaState, accuracy_threshold, ada_augment, ada_update, d4, real_accuracy
 from .checkpoint import checkpoint_path, checkpoints, export_generator, generator_card, load_checkpoint, prune, save_checkpoint
-from .data import InputError, load_manifest, open_data, save_manifest, to_float, to_uint8
+from .data import InputError, load_manifest, open_data, save_manifest, to_float, to_uint8, warn_line
 from .discriminator import CombinedCondDiscriminator
 from .encoder import load_encoder, why_no_encoder
 from .generator import Generator
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
-                             ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_update, steps_differ)
+                             ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_threshold, saturation_update, steps_differ)
 from .losses import (PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, mixing_reg,
                              pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, saturation, weigh)
 from .phantom import make_phantom
@@ -578,7 +578,7 @@ def total_steps(
     per_epoch = max(len(data.sampler) // cfg.data.batch_size, 1)
     total, guess = cfg.run.steps or cfg.run.epochs * per_epoch, cfg.optim.total_steps_estimate
     if guess and cfg.optim.schedule != 'constant' and steps_differ(guess, total):
-        warnings.warn(f'optim.total_steps_estimate is {guess}, the run has {total} steps: the learning rate reaches its floor at step {guess}; 0 takes the true number')
+        warn_line(f'optim.total_steps_estimate is {guess}, the run has {total} steps: the learning rate reaches its floor at step {guess}; 0 takes the true number')
     return total
 
 # %% ../nbs/52_train.ipynb #2e3b50d8
@@ -601,7 +601,7 @@ def resume_state(
     "Load the newest checkpoint of a run that is whole."
     for path in reversed(checkpoints(folder)):
         try: saved = load_checkpoint(path, map_location=s.device)
-        except InputError as e: warnings.warn(f'{e}; going back to the one before')
+        except InputError as e: warn_line(f'{e}; going back to the one before')
         else:
             load_state_dict(s, saved)
             data.sampler.load_state_dict(saved['sampler'])
@@ -698,7 +698,8 @@ def train_locked(
             leave = bool(heard) or time.monotonic() > deadline
             last = s.step == s.total or leave
             if last or s.step % s.cfg.run.sample_every == 0: draw_grid(s, folder)
-            if last or s.step % s.cfg.run.save_every == 0: save(s, folder, data, log)
+            due = s.step % s.cfg.run.save_every == 0 and not s.nonfinite.run  # a checkpoint is a good one
+            if last or due: save(s, folder, data, log)
             if leave and s.step < s.total: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
     return finish(s, folder)
 
@@ -782,8 +783,9 @@ def plot_curves(
     import matplotlib.pyplot as plt, pandas as pd
     folder = Path(folder)
     cfg, df = load_config(folder), pd.read_csv(folder / 'metrics_gan.csv')
+    df['limit'] = [saturation_threshold(cfg.sat, m) for m in df.real_mean_abs]
     panels = [('losses', ['d_loss', 'g_loss'], []), ('accuracy of D on reals', ['acc_ema'], [cfg.ada.ada_target, cfg.gate.acc_gate_hi, cfg.gate.acc_gate_lo]),
-              ('ada_p, alpha', ['ada_p', 'alpha'], [cfg.ada.ada_max_p, cfg.gate.alpha_max]), ('mean |x|', ['real_mean_abs', 'fake_mean_abs'], [cfg.sat.saturation_limit]),
+              ('ada_p, alpha', ['ada_p', 'alpha'], [cfg.ada.ada_max_p, cfg.gate.alpha_max]), ('mean |x|', ['real_mean_abs', 'fake_mean_abs', 'limit'], []),
               ('gradient norm', ['d_grad_norm', 'g_grad_norm'], [cfg.optim.grad_clip])]
     fig, axes = plt.subplots(len(panels), 1, figsize=(8, 11), sharex=True)
     for ax, (title, columns, lines) in zip(axes, panels):
@@ -833,7 +835,6 @@ def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
 ) -> int:  # 0 done, 2 bad input, 3 stopped by a guard, 130 interrupted
     "`python -m histogan.train`."
-    warnings.formatwarning = lambda message, *a, **k: f'warning: {message}\n'
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if args.dry_run:

@@ -1,5 +1,5 @@
 "The training command in real processes: bad input, interruption, resume, guards, real patches."
-import json, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, run_cli, run_python
+from conftest import ROOT, Run, run_cli, run_python
+from histogan.train import locked, main
 
 TINY = ['--preset', 'smoke', '--data.image-size', '16', '--data.batch-size', '4', '--run.n-eval', '18']
 
@@ -38,9 +39,10 @@ def refused(done, *words):
     (['--resume', 'nowhere'], ['nowhere']),
     (['--encoder', 'pathoduet:nowhere.pth'], ['nowhere.pth']),
     (['--encoder', 'clip'], ['clip'])])
-def test_bad_options(options, words, patches, tmp_path):
+def test_bad_options(options, words, patches, tmp_path, capsys):
     root = [] if '--data.root' in options else ['--data.root', patches]
-    refused(train(*root, '--out', tmp_path/'run', *options), *words)
+    rc = main([*TINY, *map(str, root), '--out', str(tmp_path/'run'), *options])  # in this process: a second each saved
+    refused(Run(rc, *capsys.readouterr()), *words)
     assert not (tmp_path/'run'/'config.json').exists()
 
 def test_bad_folders(tmp_path):
@@ -82,7 +84,7 @@ def test_interrupted_and_resumed_is_bit_identical(patches, tmp_path):
     args = ['--data.root', patches, '--run.steps', '60', '--run.save-every', '30', '--run.sample-every', '30']
     assert train(*args, '--out', tmp_path/'whole').rc == 0
     child = subprocess.Popen([sys.executable, '-m', 'histogan.train', *TINY, *map(str, args), '--out', str(tmp_path/'part')],
-                             cwd=tmp_path, env={**__import__('os').environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path/'part'/'checkpoints'/'cgan_step000030.pt').exists() and time.time() < deadline: time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
@@ -100,7 +102,7 @@ def test_sigkill_then_resume_is_bit_identical(patches, tmp_path):
     args = ['--data.root', patches, '--run.steps', '40', '--run.save-every', '20', '--run.sample-every', '20']
     assert train(*args, '--out', tmp_path/'whole').rc == 0
     child = subprocess.Popen([sys.executable, '-m', 'histogan.train', *TINY, *map(str, args), '--out', str(tmp_path/'part')],
-                             cwd=tmp_path, env={**__import__('os').environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path/'part'/'checkpoints'/'cgan_step000020.pt').exists() and time.time() < deadline: time.sleep(0.01)
     child.kill()
@@ -109,6 +111,28 @@ def test_sigkill_then_resume_is_bit_identical(patches, tmp_path):
     assert done.rc == 0, done.err
     assert (tmp_path/'part'/'metrics_gan.csv').read_bytes() == (tmp_path/'whole'/'metrics_gan.csv').read_bytes()
     assert same(strip(checkpoint(tmp_path/'part', 40)), strip(checkpoint(tmp_path/'whole', 40)))
+
+def damage(path, how):
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole)//2] ^= 1
+    path.write_bytes({'truncated': whole[:len(whole)//2], 'flipped': bytes(flipped), 'empty': b''}[how])
+
+@pytest.mark.parametrize('how', ['truncated', 'flipped', 'empty'])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(how, patches, tmp_path, capsys):
+    run = tmp_path/'run'
+    assert main([*TINY, '--data.root', str(patches), '--out', str(run), '--run.steps', '6', '--run.save-every', '3']) == 0
+    before, newest = (run/'metrics_gan.csv').read_bytes(), run/'checkpoints'/'cgan_step000006.pt'
+    damage(newest, how)
+    capsys.readouterr()
+    assert main(['--resume', str(run)]) == 0
+    said = capsys.readouterr()
+    assert newest.name in said.err and 'steps 3 to 6' in said.out, said
+    assert (run/'metrics_gan.csv').read_bytes() == before
+
+def test_two_runs_in_one_folder(patches, tmp_path, capsys):
+    with locked(tmp_path/'run'): rc = main([*TINY, '--data.root', str(patches), '--out', str(tmp_path/'run')])
+    refused(Run(rc, *capsys.readouterr()), 'another process')
 
 def test_resume_refuses_another_configuration(patches, tmp_path):
     assert train('--data.root', patches, '--out', tmp_path/'run', '--run.steps', '2').rc == 0
