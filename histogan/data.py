@@ -618,7 +618,9 @@ class DataConfig:
             if not ok: raise InputError(f"--data.{option.replace('_', '-')}: {getattr(self, option)!r} {mend}")
 
     @property
-    def policy(self) -> str: return 'manual_csv' if self.manifest else 'by_dataset' if self.test_root else 'from_one_root'
+    def policy(self) -> str:
+        "Which of the three splits follows from what is given."
+        return 'manual_csv' if self.manifest else 'by_dataset' if self.test_root else 'from_one_root'
 
 # %% ../nbs/00_data.ipynb #90ec0053
 def _checks(c: DataConfig) -> list[tuple]:  # (holds, option, what to do)

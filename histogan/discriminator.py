@@ -147,7 +147,9 @@ class CombinedCondDiscriminator(nn.Module):
         duet = self.duet(encoded[0]).squeeze(1) if use_duet else torch.zeros_like(base)
         return DOutput(base + proj + alpha * duet, base, proj, duet, feat, heads)
 
-    def encode(self, x):
+    def encode(self,
+        x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
+    ): # (vector, maps)
         "The encoder's view of x."
         if self._encoder[0] is None: raise ValueError('a head or an open gate reads the encoder, and there is none: pass encoder or encoded')
         return self._encoder[0].encode(x)

@@ -65,7 +65,7 @@ def noise(
 
 # %% ../nbs/01_phantom.ipynb #732c9ada
 def bend(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     size: int,  # pixels per side
     warp: float,  # µm, standard deviation of the waves
     scale: float,  # µm, length of the waves
@@ -79,7 +79,7 @@ def bend(
 
 # %% ../nbs/01_phantom.ipynb #7b1546fe
 def streaks(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     u: np.ndarray,  # (size, size) µm, from `bend`
     v: np.ndarray,  # (size, size) µm, from `bend`
     across: float,  # µm, grain along u: the width of a fibre
@@ -135,7 +135,7 @@ def cells(
 
 # %% ../nbs/01_phantom.ipynb #945223c8
 def scatter(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     spacing: float,  # µm between neighbours
     jitter: float,  # standard deviation, share of the spacing
     margin: float = 4.,  # µm beyond the field: what reaches into it
@@ -150,7 +150,7 @@ def scatter(
 
 # %% ../nbs/01_phantom.ipynb #3b4b16b2
 def ring(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     centres: np.ndarray,  # (n, 2) µm
     radius: np.ndarray,  # (n,) µm
     spacing: float,  # µm between neighbours on the circle
@@ -200,7 +200,7 @@ def splat(
 
 # %% ../nbs/01_phantom.ipynb #574359b8
 def nuclei(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     size: int,  # pixels per side
     p: np.ndarray | int,  # (n, 2) µm, or a number of random places
     a: tuple,  # (low, high) µm, half-axis along t
@@ -218,7 +218,7 @@ def nuclei(
 
 # %% ../nbs/01_phantom.ipynb #f0e3b588
 def stained(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     h: np.ndarray,  # (size, size) haematoxylin of the ground
     e: np.ndarray,  # (size, size) eosin of the ground
     nuc: np.ndarray,  # (size, size) from `nuclei`
@@ -254,8 +254,7 @@ def _adi(rng, size):
 def _back(rng, size):
     U = rng.uniform; t = U(0, 2*np.pi); x, y = grid(size)
     ramp = ((x - FIELD/2)*math.cos(t) + (y - FIELD/2)*math.sin(t))/FIELD                 # uneven light
-    def haze(mean):
-        return mean*np.clip(1 + U(-1, 1)*ramp + U(.1, .6)*noise(rng, size, U(25, 60)) + .06*noise(rng, size, 6), .02, 3)
+    haze = lambda mean: mean*np.clip(1 + U(-1, 1)*ramp + U(.1, .6)*noise(rng, size, U(25, 60)) + .06*noise(rng, size, 6), .02, 3)
     h, e = haze(U(.003, .16)), haze(U(.003, .22))
     dust = nuclei(rng, size, rng.integers(1, 24), (.5, 1.8), (.4, 1.3), depth=(.2, 1))
     blob = nuclei(rng, size, rng.integers(0, 4), (6, 20), (5, 14), depth=(.2, 1), soft=True)
@@ -378,7 +377,7 @@ def _tear(rng, size, h, e):
 
 # %% ../nbs/01_phantom.ipynb #20dc4171
 def company(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; from `rng_for`
     size: int,  # pixels per side
     h: np.ndarray,  # (size, size) haematoxylin
     e: np.ndarray,  # (size, size) eosin

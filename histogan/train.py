@@ -63,7 +63,9 @@ class TrainState:
     best: float = math.inf  # lowest metric so far
 
     @property
-    def device(self): return next(self.G.parameters()).device
+    def device(self):
+        "Where the networks are."
+        return next(self.G.parameters()).device
 
 # %% ../nbs/52_train.ipynb #643f043b
 MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair')
@@ -137,6 +139,7 @@ class Seen(NamedTuple):
     encoded: tuple | None  # encoder's vector and maps of `aug`
 
     def detach(self):
+        "The same without graphs."
         enc = self.encoded and type(self.encoded)(self.encoded[0].detach(), [m.detach() for m in self.encoded[1]])
         return Seen(self.x.detach(), self.aug.detach(), enc)
 
@@ -434,13 +437,18 @@ class RunLog:
 
     def row(self,
         values: dict,  # keys of COLUMNS; missing ones stay empty
-    ): self.writer.writerow(values)
+    ):
+        "One line of the CSV."
+        self.writer.writerow(values)
 
     def event(self,
         **values,  # step, guard, value, threshold, action
-    ): self.files[1].write(json.dumps(values) + '\n')
+    ):
+        "One line of events.jsonl."
+        self.files[1].write(json.dumps(values) + '\n')
 
     def flush(self):
+        "Both files to the disk."
         for f in self.files:
             f.flush()
             os.fsync(f.fileno())

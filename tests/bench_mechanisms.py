@@ -2,7 +2,7 @@
 
 The recipe (`poc`) at 32 px with an eighth of its channels, on the phantom, from one seed: once as it is, then once per mechanism
 with only that one switched off, and once with smoothing's shifted scale read at its equilibrium. The freezes of ADA and of the
-gate are shortened from 500 to 100 steps so that they act at all. One row per run, medians over its last quarter.
+gate are shortened from 500 to 50 steps so that they act at all. One row per run, medians over its last quarter.
 """
 import argparse, csv, tempfile
 from dataclasses import replace
@@ -20,7 +20,7 @@ def base(out, steps):
     c = PRESETS['poc']
     return replace(c, out=str(out), encoder='random:1', data=replace(c.data, root='phantom', image_size=32, batch_size=16, test_frac=0.),
                    phantom=replace(c.phantom, per_class=120), g=replace(c.g, fmap_base=64, fmap_min=16, z_dim=64, w_dim=64, n_layers=4),
-                   d=replace(c.d, d_base_ch=24), ada=replace(c.ada, ada_freeze_until=100), gate=replace(c.gate, alpha_freeze_until=100),
+                   d=replace(c.d, d_base_ch=24), ada=replace(c.ada, ada_freeze_until=50), gate=replace(c.gate, alpha_freeze_until=50),
                    optim=replace(c.optim, total_steps_estimate=0), run=replace(c.run, steps=steps, n_eval=270))
 
 def variants(c):

@@ -89,10 +89,10 @@ def public(cell):
                 yield from (m for m in node.body if isinstance(m, ast.FunctionDef) and (m.name == '__init__' or m.name[0] != '_'))
 
 def rule_documented(cells, stem):
-    "Public functions and classes have a docstring, their parameters a short comment."
+    "Public functions and classes have a docstring, their parameters a short comment; a module's `forward` is described by its class."
     for c in filter(lambda c: c.exported, cells):
         for node in public(c):
-            if node.name != '__init__' and not ast.get_docstring(node): yield f'{node.name} has no docstring'
+            if node.name not in ('__init__', 'forward', 'backward') and not ast.get_docstring(node): yield f'{node.name} has no docstring'
             if isinstance(node, ast.ClassDef): continue
             a = node.args
             for arg in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
