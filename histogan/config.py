@@ -118,10 +118,10 @@ def _demo() -> Config:
                           stem='linear', up='conv_first', to_rgb='skip', noise_init=0.1, output_clamp='none', use_style_mixing=False),
         d=DiscriminatorConfig(img_res=64, pixel=False),
         loss=LossConfig(adversarial='relativistic', adv_weight=0.5, r1_gamma=0.0, drift_eps=0.0, lambda_stats=0.0, lambda_perceptual=0.0,
-                        lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=1.0),
+                        lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=0.5),
         optim=OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1, total_steps_estimate=0, warmup=50),
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True), ema=EmaConfig(half_life_img=3000.0),
-        run=RunConfig(steps=1000, sample_every=200, save_every=500, d4=True, share_fakes=True))
+        run=RunConfig(steps=850, sample_every=200, save_every=425, d4=True, share_fakes=True))
 
 # %% ../nbs/50_config.ipynb #ae5b2caa
 def _smoke() -> Config:
