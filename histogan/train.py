@@ -534,9 +534,11 @@ def save(
     log: RunLog,  # flushed
 ) -> Path:  # the checkpoint
     "Best model, log, checkpoint, retention."
-    if s.cfg.run.best_metric == 'fd' and (value := evaluate(s, data.loader_real_eval)) < s.best:
-        s.best = value
-        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, metric='fd-random', value=value, preset=s.cfg.preset)
+    scored = s.cfg.run.best_metric == 'fd' and len(data.dataset('val')) > 1  # else the newest is the best
+    value = evaluate(s, data.loader_real_eval) if scored else None
+    if not scored or value < s.best:
+        s.best = value if scored else s.best
+        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, metric='fd-random' if scored else 'newest', value=value, preset=s.cfg.preset)
         save_checkpoint(folder / 'checkpoints' / 'cgan_best_model.pt', dict(card=card, G_ema=s.G_ema.state_dict()))
     log.flush()
     path = save_checkpoint(checkpoint_path(folder, s.step), state_dict(s) | dict(sampler=data.sampler.state_dict()))
