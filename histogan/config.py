@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'Config', 'from_dict', 'suggestion', 'load_config',
            'save_config', 'fit_to_data', 'widths_for', 'TrainArgs', 'option_names', 'parse_args', 'resume_args',
-           'differing', 'tyro_parse', 'one_line']
+           'fitted_like', 'differing', 'tyro_parse', 'one_line']
 
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
@@ -56,6 +56,7 @@ class RunConfig:
     sample_every: int = 400  # SAMPLE_EVERY: steps between grids; seed
     save_every: int = 800  # SAVE_EVERY: steps between checkpoints; seed
     keep: int = 3  # newest checkpoints kept; 0 = all; decided
+    keep_every: int = 0  # every k-th checkpoint is kept for good; 0 = none
     best_metric: Literal['fd', 'none'] = 'fd'  # what picks cgan_best_model.pt
     n_eval: int = 450  # fakes per evaluation; measured, 52_train
     d4: bool = False  # one of eight flips/quarter turns of each real; modern True
@@ -69,7 +70,7 @@ class RunConfig:
     def __post_init__(self):
         if self.epochs < 1: raise ValueError('run.epochs must be ≥ 1')
         if min(self.sample_every, self.save_every) < 1: raise ValueError('run.sample_every and run.save_every must be ≥ 1')
-        if min(self.max_hours, self.steps, self.keep, self.threads, self.seed) < 0: raise ValueError('run.max_hours, run.steps, run.keep, run.threads and run.seed must be ≥ 0')
+        if min(self.max_hours, self.steps, self.keep, self.keep_every, self.threads, self.seed) < 0: raise ValueError('run.max_hours, run.steps, run.keep, run.keep_every, run.threads and run.seed must be ≥ 0')
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-3
@@ -185,7 +186,10 @@ def save_config(
     "Write `cfg` as JSON."
     path = Path(path)
     temp = path.with_suffix('.tmp')
-    temp.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + '\n')
+    with open(temp, 'w') as f:
+        f.write(json.dumps(dataclasses.asdict(cfg), indent=1) + '\n')
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temp, path)
 
 # %% ../nbs/50_config.ipynb #f0312a69
@@ -215,7 +219,7 @@ def widths_for(
 class TrainArgs:
     "Train a class-conditional GAN on histology patches."
     config: Annotated[Config, tyro.conf.arg(name='')]  # the configuration
-    resume: str = ''  # folder of a run to go on with
+    resume: str = ''  # folder of a run to go on with; auto: --out, if a run is there
     allow_change: tuple[str, ...] = ()  # fields that may differ on resume, as optim.lr_g
     dry_run: bool = False  # print size, memory and time, train nothing
 
@@ -239,11 +243,13 @@ def parse_args(
     "Preset first, then every other option over it."
     argv = [a.replace('=', ' ', 1).split(' ', 1) if a.startswith('--') and '=' in a else [a] for a in argv]
     argv = [part for group in argv for part in group]
-    given = {name: value for name, value in zip(argv, argv[1:]) if name in ('--preset', '--resume')}
-    if '--resume' in given: return resume_args(argv, given['--resume'])
-    preset = given.get('--preset', default)
+    given = {name: value for name, value in zip(argv, argv[1:]) if name in ('--preset', '--resume', '--out')}
+    preset, resume = given.get('--preset', default), given.get('--resume', '')
+    if resume and resume != 'auto': return resume_args(argv, resume)
     if preset not in PRESETS: raise InputError(f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}' + suggestion(preset, PRESETS))
-    return tyro_parse(TrainArgs, argv, default=TrainArgs(PRESETS[preset]))
+    out = given.get('--out', PRESETS[preset].out)
+    if resume and Path(out, 'config.json').exists(): return resume_args(argv, out)
+    return replace(tyro_parse(TrainArgs, argv, default=TrainArgs(PRESETS[preset])), resume='')
 
 # %% ../nbs/50_config.ipynb #b286998b
 def resume_args(
@@ -252,10 +258,22 @@ def resume_args(
 ) -> TrainArgs:  # InputError names a field that differs
     "The configuration of the run, and nothing else unless allowed."
     saved = replace(load_config(folder), out=folder)
-    args = tyro_parse(TrainArgs, argv, default=TrainArgs(saved, resume=folder))
-    for name in differing(saved, args.config):
+    unfitted = replace(saved.g, img_res=PRESETS.get(saved.preset, saved).g.img_res, channels=())
+    args = tyro_parse(TrainArgs, argv, default=TrainArgs(replace(saved, g=unfitted)))
+    cfg = fitted_like(args.config, saved)
+    for name in differing(saved, cfg):
         if name not in args.allow_change: raise InputError(f'--{name.replace("_", "-")}: differs from the run in {folder}; leave it out, or add --allow-change {name}')
-    return args
+    return replace(args, config=cfg, resume=folder)
+
+# %% ../nbs/50_config.ipynb #f761f3f1
+def fitted_like(
+    cfg: Config,  # as parsed
+    run: Config,  # of a run, fitted to its data
+) -> Config:  # fitted to the same data
+    "What `fit_to_data` decided for the run, decided again."
+    g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels)
+    d = {k: getattr(run.d, k) for k in ('num_classes', 'img_res', 'heads', 'duet_dim')}
+    return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d))
 
 # %% ../nbs/50_config.ipynb #eb8044c6
 def differing(
