@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
-           'load_state_dict', 'build', 'pick_device', 'reseed', 'Seen', 'wants_encoder', 'see', 'draw_fakes',
-           'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend', 'g_step', 'g_terms', 'weights_of_g',
-           'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr', 'train_step', 'prepare_batch', 'row_of',
-           'RunLog', 'cut_after', 'sample', 'grid_image', 'frechet', 'evaluate', 'save', 'open_run', 'claim',
-           'phantom_root', 'total_steps', 'start_folder', 'resume_state', 'locked', 'claimable', 'Stopped',
-           'catch_signals', 'batches', 'train', 'train_locked', 'opening_line', 'tick', 'record_events',
-           'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main']
+           'load_state_dict', 'build', 'pick_device', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
+           'wants_encoder', 'see', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend',
+           'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr',
+           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'frechet',
+           'evaluate', 'save', 'open_run', 'check_share', 'claim', 'phantom_root', 'total_steps', 'start_folder',
+           'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped', 'catch_signals',
+           'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line', 'tick', 'record_events',
+           'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main', 'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
 
 # %% ../nbs/52_train.ipynb #a83e2731
-import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, sys, tempfile, time
+import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, socket, sys, tempfile, time
 import numpy as np
 import scipy.linalg
 import torch
@@ -26,12 +27,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm.auto import tqdm
 from typing import NamedTuple
-from .augment import AdaState, accuracy_threshold, ada_augment, ada_update, d4, real_accuracy
-from .checkpoint import checkpoint_path, checkpoints, export_generator, generator_card, load_checkpoint, prune, save_checkpoint
+from .augment import AdaState, accuracy_threshold, ada_update, apply_moves, d4, draw_d4, draw_moves, real_accuracy
+from .checkpoint import atomic_write, checkpoint_path, checkpoints, export_generator, generator_card, load_checkpoint, misfit, prune, save_checkpoint
+from .config import differing
 from .data import InputError, load_manifest, open_data, save_manifest, to_float, to_uint8, warn_line
 from .discriminator import CombinedCondDiscriminator
+from .dist import Elsewhere, any_rank, average, from_first, gather, in_turn, local_rank, lost_peer, mine, on_first, processes, rank, whole, world
 from .encoder import load_encoder, why_no_encoder
-from .generator import Generator
+from .generator import Generator, draw_crossover, draw_noise
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
                              ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_threshold, saturation_update, steps_differ)
 from .losses import (PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, mixing_reg,
@@ -85,12 +88,18 @@ def load_state_dict(
     saved: dict,  # what `state_dict` gave
 ) -> TrainState:  # `s`; InputError names the part that does not fit
     "Continue where `saved` was."
+    if saved.get('classes') != s.classes: raise InputError(f'checkpoint: it is of the classes {saved.get("classes")}, the run of {s.classes}')
     for name in MODULES:
-        try: getattr(s, name).load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise InputError(f'checkpoint: {name} does not fit this configuration ({str(e).splitlines()[0][:100]})') from None
-    for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
-    for name in NUMBERS: setattr(s, name, saved[name])
+        try:
+            module = getattr(s, name)
+            if isinstance(module, nn.Module) and (fault := misfit(module.state_dict(), saved.get(name))): raise ValueError(fault)
+            module.load_state_dict(saved[name])
+        except (KeyError, TypeError, RuntimeError, ValueError) as e:
+            raise InputError(f'checkpoint: {name} is of another architecture ({str(e).splitlines()[0][:120]})') from None
+    try:
+        for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
+        for name in NUMBERS: setattr(s, name, saved[name])
+    except (KeyError, TypeError) as e: raise InputError(f'checkpoint: written by another version ({e})') from None
     return s
 
 # %% ../nbs/52_train.ipynb #d73010b0
@@ -118,10 +127,18 @@ def build(
 def pick_device(
     cfg: Config,  # run.device is 'auto' or a torch device
 ) -> torch.device:  # InputError when it is not there
-    "The device of a run."
-    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    "The device of this process."
+    name = device_name(cfg)
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError): raise InputError(f'--run.device {name}: not available on this machine; use cpu') from None
+
+# %% ../nbs/52_train.ipynb #d614b495
+def device_name(
+    cfg: Config,  # run.device is 'auto' or a torch device
+) -> str:  # 'cpu', 'cuda', 'cuda:0', …
+    "What `run.device` stands for; of several processes each has a GPU of its own."
+    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    return f'cuda:{local_rank()}' if name.startswith('cuda') and world() > 1 else name
 
 # %% ../nbs/52_train.ipynb #f93e5ef0
 def reseed(
@@ -130,6 +147,25 @@ def reseed(
 ):
     "Every draw of a step follows from (seed, step); EDM2 reseeds from its image counter."
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+
+# %% ../nbs/52_train.ipynb #1d962e1c
+def drawn(
+    s: TrainState,  # read only
+    draw,  # function of a number of images
+    n: int,  # images of this process
+    *args,  # of draw
+    **kw,  # of draw
+):  # this process's rows of what draw gave
+    "Random numbers for the batch of all processes, and of them our part."
+    return mine(draw(n * world(), *args, **kw), 2 if s.cfg.data.pairs else 1)
+
+# %% ../nbs/52_train.ipynb #da3f89c2
+def together(
+    s: TrainState,  # read only
+    x: torch.Tensor,  # (n, …) this process's images or labels
+) -> torch.Tensor:  # (n × world(), …), with an exact gradient
+    "The batch of all processes."
+    return whole(x, 2 if s.cfg.data.pairs else 1)
 
 # %% ../nbs/52_train.ipynb #886fcff1
 class Seen(NamedTuple):
@@ -160,7 +196,7 @@ def see(
 ) -> Seen:
     "Augment and encode, once."
     a = s.cfg.ada
-    aug = ada_augment(x, s.ada.p, None, a.max_rotation, a.max_translation)
+    aug = apply_moves(x, drawn(s, draw_moves, len(x), s.ada.p, None, a.max_rotation, a.max_translation)) if s.ada.p else x
     return Seen(x, aug, s.encoder.encode(aug) if encode else None)
 
 # %% ../nbs/52_train.ipynb #3dfc7c1e
@@ -170,9 +206,13 @@ def draw_fakes(
     encode: bool,  # run the encoder
 ) -> Seen:  # with G's graph, unless under no_grad
     "One pass of G over fresh latents, with style mixing in the class."
-    z = torch.randn(len(y), s.cfg.g.z_dim, device=y.device)
-    z_mix = torch.randn_like(z) if s.cfg.g.use_style_mixing else None
-    with autocast(s): return see(s, s.G(z, y, z_mix).float(), encode)
+    n, g, on = len(y), s.cfg.g, dict(device=y.device)
+    z, z_mix, crossover = drawn(s, torch.randn, n, g.z_dim, **on), None, None
+    if g.use_style_mixing:
+        z_mix = drawn(s, torch.randn, n, g.z_dim, **on)
+        crossover = drawn(s, draw_crossover, n, len(g.sizes), g.style_mix_prob, **on)
+    noise = drawn(s, draw_noise, n, g.sizes, **on)
+    with autocast(s): return see(s, s.G(z, y, z_mix, noise, crossover).float(), encode)
 
 # %% ../nbs/52_train.ipynb #b24bee69
 def autocast(
@@ -247,9 +287,11 @@ def descend(
     params = [p for group in opt.param_groups for p in group['params']]
     opt.zero_grad(set_to_none=True)
     s.scaler.scale(loss).backward()
+    said = torch.stack([t.detach().float() for t in (loss, *log.values())])
+    average([*(p.grad for p in params if p.grad is not None), said])
     s.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(params, s.cfg.optim.grad_clip)
-    loss_, norm_, *values = torch.stack([t.detach().float() for t in (loss, norm, *log.values())]).tolist()
+    norm_, loss_, *values = torch.cat([norm.detach().float()[None], said]).tolist()
     finite = math.isfinite(loss_) and math.isfinite(norm_)
     if finite: s.scaler.step(opt)
     s.scaler.update()
@@ -284,16 +326,17 @@ def g_terms(
 ) -> dict:  # name -> unweighted 0-d term, for the weights that are not 0
     "Every term of G's objective."
     w, c = weights_of_g(s), s.cfg.loss
+    batch = together(s, fakes.x)  # for the terms that are no mean over images
     fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
     with torch.no_grad(): real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     loss_fn = g_adversarial(c)
     terms = dict(adv=sum(loss_fn(f, r) for f, r in zip(fake.logits, real.logits)))
-    if w['stats']: terms['stats'] = s.stats.penalty(fakes.x)
+    if w['stats']: terms['stats'] = s.stats.penalty(batch)
     if w['perceptual']: terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
-    if w['saturation']: terms['saturation'] = saturation(fakes.x, c.saturation_limit)
+    if w['saturation']: terms['saturation'] = saturation(batch, c.saturation_limit)
     if w['feature_matching']: terms['feature_matching'] = feature_matching(fake.feat, real.feat)
-    if w['mixing']: terms['mixing'] = mixing_reg(fakes.x, c.mixing_target)
+    if w['mixing']: terms['mixing'] = mixing_reg(batch, c.mixing_target)
     if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
     return terms
 
@@ -320,7 +363,7 @@ def pixel_stats(
 ) -> dict:  # name -> 0-d tensor
     "Mean and range after the clamp, and what the saturation guard reads."
     limit, out = s.cfg.g.clamp if s.cfg.g.output_clamp != 'none' else 1.0, {}
-    for name, x in dict(real=x_real, fake=x_fake.detach()).items():
+    for name, x in dict(real=together(s, x_real), fake=together(s, x_fake.detach())).items():
         c = x.clamp(-limit, limit)
         out |= {f'{name}_mu': c.mean(), f'{name}_min': c.amin(), f'{name}_max': c.amax(), f'{name}_mean_abs': x.abs().mean()}
     return out
@@ -334,8 +377,8 @@ def after_d(
 ):
     "Moments of the reals, distances of their pairs, ADA."
     if not d.finite: return
-    s.stats.update(reals.x)
-    if s.cfg.loss.pair_weight: s.pair.update(distances(reals), y)
+    s.stats.update(together(s, reals.x))
+    if s.cfg.loss.pair_weight: s.pair.update(whole(distances(reals)), together(s, y))
     s.ada = ada_update(s.cfg.ada, s.ada, d.log['acc'], s.step)
 
 # %% ../nbs/52_train.ipynb #40b9c0c2
@@ -379,7 +422,7 @@ def train_step(
     y: torch.Tensor,  # (N,) labels
 ) -> tuple[dict, list]:  # row of metrics_gan.csv; verdicts
     "One D step, one G step, the guards."
-    s.step, s.n_img = s.step + 1, s.n_img + len(y)
+    s.step, s.n_img = s.step + 1, s.n_img + len(y) * world()
     reseed(s.cfg.run.seed, s.step)
     lrs, share = set_lr(s), s.cfg.run.share_fakes
     x, y = prepare_batch(s, x, y)
@@ -399,7 +442,7 @@ def prepare_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 in [-1, 1], labels; on the device
     "To the device as bytes, to floats there."
     x, y = x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True)
-    x = to_float(d4(x) if s.cfg.run.d4 else x)
+    x = to_float(d4(x, moves=drawn(s, draw_d4, len(x))) if s.cfg.run.d4 else x)
     return (x.contiguous(memory_format=torch.channels_last) if s.cfg.run.channels_last else x), y
 
 # %% ../nbs/52_train.ipynb #e92ff202
@@ -462,9 +505,7 @@ def cut_after(
     "Drop records written after the checkpoint, and a torn last line."
     lines = path.read_text().split('\n')[:-1] if path.exists() else []
     body = [l for l in (lines[1:] if header else lines) if keep(l)]
-    temp = path.with_suffix('.tmp')
-    temp.write_text(''.join(l + '\n' for l in ([header] if header else []) + body))
-    os.replace(temp, path)
+    atomic_write(path, lambda f: f.write(''.join(l + '\n' for l in ([header] if header else []) + body).encode()))
 
 # %% ../nbs/52_train.ipynb #fb2d6ffe
 @torch.no_grad()
@@ -532,17 +573,18 @@ def save(
     folder: Path,  # of the run
     data,  # what `open_data` gave
     log: RunLog,  # flushed
+    judge: bool = True,  # look whether this is the best model so far
 ) -> Path:  # the checkpoint
     "Best model, log, checkpoint, retention."
-    scored = s.cfg.run.best_metric == 'fd' and len(data.dataset('val')) > 1  # else the newest is the best
+    scored = judge and s.cfg.run.best_metric == 'fd' and len(data.dataset('val')) > 1  # else the newest is the best
     value = evaluate(s, data.loader_real_eval) if scored else None
-    if not scored or value < s.best:
+    if judge and (not scored or value < s.best):
         s.best = value if scored else s.best
         card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, metric='fd-random' if scored else 'newest', value=value, preset=s.cfg.preset)
         save_checkpoint(folder / 'checkpoints' / 'cgan_best_model.pt', dict(card=card, G_ema=s.G_ema.state_dict()))
     log.flush()
     path = save_checkpoint(checkpoint_path(folder, s.step), state_dict(s) | dict(sampler=data.sampler.state_dict()))
-    prune(folder, s.cfg.run.keep)
+    prune(folder, s.cfg.run.keep, s.cfg.run.keep_every * s.cfg.run.save_every)
     return path
 
 # %% ../nbs/52_train.ipynb #577aa718
@@ -552,15 +594,26 @@ def open_run(
 ) -> tuple:  # TrainState, data, folder
     "Data, encoder, networks; resumed state if asked."
     folder = Path(cfg.out)
-    if not resume: claim(folder)
+    if not resume: on_first(claim, folder)
     if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
-    data_cfg = replace(cfg.data, root=phantom_root(cfg), group_regex=cfg.data.group_regex or r'-(s\d+)-') if cfg.data.root == 'phantom' else cfg.data
-    data = open_data(data_cfg, manifest=load_manifest(folder / 'artifacts' / 'manifest.csv') if resume else None)
-    encoder = load_encoder(cfg.encoder, num_classes=len(data.classes), data=data, cache_dir=folder.parent / 'cache', size=cfg.data.image_size)
+    check_share(cfg)
+    data_cfg = replace(cfg.data, root=in_turn(phantom_root, cfg), group_regex=cfg.data.group_regex or r'-(s\d+)-') if cfg.data.root == 'phantom' else cfg.data
+    manifest = load_manifest(folder / 'artifacts' / 'manifest.csv') if resume else None
+    data = in_turn(open_data, data_cfg, manifest, progress=rank() == 0, rank=rank(), world=world())
+    encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes), data=data, cache_dir=folder.parent / 'cache', size=cfg.data.image_size)
     s = build(cfg, data.classes, encoder and encoder.to(pick_device(cfg)), total_steps(cfg, data))
     if resume: resume_state(s, folder, data)
-    else: start_folder(s, folder, data)
+    else: on_first(start_folder, s, folder, data)
+    from_first([t for m in (s.G, s.D, s.G_ema) for t in m.state_dict().values()])
     return s, data, folder
+
+# %% ../nbs/52_train.ipynb #40ea3e9e
+def check_share(
+    cfg: Config,  # as parsed
+):
+    "The batch can be dealt to the processes."
+    unit = world() * (2 if cfg.data.pairs else 1)
+    if cfg.data.batch_size % unit: raise InputError(f'--data.batch-size {cfg.data.batch_size}: cannot be shared by {world()} processes{" in pairs" if cfg.data.pairs else ""}; take a multiple of {unit}')
 
 # %% ../nbs/52_train.ipynb #3d5e906a
 def claim(
@@ -585,9 +638,9 @@ def total_steps(
     data,  # what `open_data` gave
 ) -> int:  # D steps of the whole run
     "Steps asked for, or epochs of the balanced sampler."
-    per_epoch = max(len(data.sampler) // cfg.data.batch_size, 1)
+    per_epoch = max(len(data.sampler) * world() // cfg.data.batch_size, 1)
     total, guess = cfg.run.steps or cfg.run.epochs * per_epoch, cfg.optim.total_steps_estimate
-    if guess and cfg.optim.schedule != 'constant' and steps_differ(guess, total):
+    if rank() == 0 and guess and cfg.optim.schedule != 'constant' and steps_differ(guess, total):
         warn_line(f'optim.total_steps_estimate is {guess}, the run has {total} steps: the learning rate reaches its floor at step {guess}; 0 takes the true number')
     return total
 
@@ -609,14 +662,39 @@ def resume_state(
     data,  # its sampler is put back in place
 ) -> TrainState:
     "Load the newest checkpoint of a run that is whole."
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try: saved = load_checkpoint(path, map_location=s.device)
         except InputError as e: warn_line(f'{e}; going back to the one before')
         else:
             load_state_dict(s, saved)
-            data.sampler.load_state_dict(saved['sampler'])
-            return s
+            restore_sampler(data.sampler, saved)
+            break
+    else:
+        if found: raise InputError(f'{folder}: none of its {len(found)} checkpoints can be read; put a copy of one there, or choose another --out')
+    if len(set(gather(s.step))) > 1: raise InputError(f'{folder}: the processes read different checkpoints; is the folder shared by all machines?')
     return s  # stopped before its first checkpoint: from the start
+
+# %% ../nbs/52_train.ipynb #61015db7
+def restore_sampler(
+    sampler,  # of the run's data
+    saved: dict,  # checkpoint
+):
+    "Put the sampler back in its place."
+    try: sampler.load_state_dict(saved['sampler'])
+    except InputError as e: raise InputError(f'checkpoint: {e}') from None
+    except (KeyError, TypeError, ValueError) as e: raise InputError(f'checkpoint: its place in the data does not fit this run ({e})') from None
+
+# %% ../nbs/52_train.ipynb #6e37a244
+def note_changes(
+    s: TrainState,  # resumed
+    folder: Path,  # of the run
+    log,  # RunLog
+):
+    "What `--allow-change` let in is written down, and holds for the next resume too."
+    was = load_config(folder)
+    for name in differing(replace(was, out=s.cfg.out), s.cfg): log.event(step=s.step, guard='config', value=None, threshold=None, action=f'changed {name}')
+    save_config(s.cfg, folder / 'config.json')
 
 # %% ../nbs/52_train.ipynb #0ace39b6
 @contextlib.contextmanager
@@ -626,9 +704,14 @@ def locked(
     "Hold a run's folder for this process."
     folder = Path(folder)
     claimable(folder)
-    with open(folder / '.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f'--out {folder}: another process is training into it; wait for it or choose another --out') from None
+    with open(folder / '.lock', 'a+') as f:
+        try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            f.seek(0)
+            raise InputError(f'--out {folder}: another process ({f.read()}) is training into it; wait for it or choose another --out') from None
+        f.truncate(0)
+        f.write(f'{os.getpid()} on {socket.gethostname()}')
+        f.flush()
         yield
 
 # %% ../nbs/52_train.ipynb #8ece3cfd
@@ -656,10 +739,12 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def catch_signals():
     "Yield a list that fills when SIGINT or SIGTERM arrives; a second one acts at once."
-    heard, old = [], {}
+    heard, old, launched = [], {}, 'TORCHELASTIC_RUN_ID' in os.environ
     def note(number, frame):
-        heard.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        if heard and time.monotonic() - heard[0] > 1: os._exit(130)
+        heard.append(time.monotonic())
+        if not launched:
+            for k in old: signal.signal(k, signal.SIG_DFL)
     try:
         for number in (signal.SIGINT, signal.SIGTERM): old[number] = signal.signal(number, note)
     except ValueError: pass  # not the main thread: signals stay as they are
@@ -684,7 +769,9 @@ def train(
     resume: bool = False,  # go on with the run in cfg.out
 ) -> TrainState:  # Stopped(130 or 3) after saving; InputError before the first step
     "Train from the first step, or from the last checkpoint, to the end."
-    with locked(cfg.out): return train_locked(cfg, resume)
+    with processes(device_name(cfg)), contextlib.ExitStack() as held:
+        on_first(held.enter_context, locked(cfg.out))
+        return train_locked(cfg, resume)
 
 # %% ../nbs/52_train.ipynb #6404e2ac
 def train_locked(
@@ -693,25 +780,50 @@ def train_locked(
 ) -> TrainState:  # as `train`
     "The loop itself."
     s, data, folder = open_run(cfg, resume)
-    print(opening_line(s, data, folder), flush=True)
-    log, steps = RunLog(folder, s.step), batches(data)
-    bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05, disable=None)
-    deadline = time.monotonic() + (s.cfg.run.max_hours or math.inf) * 3600
+    log, steps, r = open_log(s, folder, data), batches(data), s.cfg.run
+    bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05, disable=None if log else True)
+    deadline = time.monotonic() + (r.max_hours or math.inf) * 3600
     with catch_signals() as heard, bar:
         while s.step < s.total:
             x, y, epoch = next(steps)
             row, verdicts = train_step(s, x, y)
-            log.row(row | dict(epoch=epoch))
-            record_events(log, s, verdicts)
-            tick(bar, s, row)
+            if log: note_down(log, bar, s, row | dict(epoch=epoch), verdicts)
             if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
-            leave = bool(heard) or time.monotonic() > deadline
-            last = s.step == s.total or leave
-            if last or s.step % s.cfg.run.sample_every == 0: draw_grid(s, folder)
-            due = s.step % s.cfg.run.save_every == 0 and not s.nonfinite.run  # a checkpoint is a good one
-            if last or due: save(s, folder, data, log)
-            if leave and s.step < s.total: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
-    return finish(s, folder)
+            leave, last = any_rank(bool(heard) or time.monotonic() > deadline), s.step == s.total
+            due = s.step % r.save_every == 0 and not s.nonfinite.run  # a checkpoint is a good one
+            if last or s.step % r.sample_every == 0: on_first(draw_grid, s, folder)
+            if last or due or leave: on_first(save, s, folder, data, log, judge=last or due)
+            if leave and not last: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
+    if log: finish(s, folder)
+    return s
+
+# %% ../nbs/52_train.ipynb #2f023963
+def open_log(
+    s: TrainState,  # at its first step
+    folder: Path,  # of the run
+    data,  # what `open_data` gave
+):  # RunLog in the first process, which writes; None in the others
+    "Cut the log off behind the checkpoint, and say what begins."
+    opened = []
+    def begin():
+        opened.append(RunLog(folder, s.step))
+        note_changes(s, folder, opened[0])
+        print(opening_line(s, data, folder), flush=True)
+    on_first(begin)
+    return opened[0] if opened else None
+
+# %% ../nbs/52_train.ipynb #2fd61371
+def note_down(
+    log,  # RunLog
+    bar,  # tqdm
+    s: TrainState,  # after the step
+    row: dict,  # of the CSV
+    verdicts: list,  # of this step
+):
+    "A step's row, its guards' actions, and the bar."
+    log.row(row)
+    record_events(log, s, verdicts)
+    tick(bar, s, row)
 
 # %% ../nbs/52_train.ipynb #2bdfc511
 def opening_line(
@@ -722,6 +834,7 @@ def opening_line(
     "What is about to happen, in one line; louder when something will not."
     n = {k: sum(p.numel() for p in getattr(s, k).parameters()) / 1e6 for k in ('G', 'D')}
     line = f'{s.cfg.preset}: {len(data.classes)} classes, {len(data.dataset("train"))} training patches, {s.cfg.data.image_size} px, G {n["G"]:.2f} M, D {n["D"]:.2f} M, steps {s.step} to {s.total} on {s.device}, into {folder}'
+    if world() > 1: line += f', {world()} processes'
     if s.encoder is None and s.cfg.preset == 'poc': line += '\n' + why_no_encoder()
     load = os.getloadavg()[0]
     if load > (os.cpu_count() or 1): line += f'\nnote: the machine is busy (load {load:.1f} on {os.cpu_count()} cores); steps will take longer'
@@ -754,10 +867,10 @@ def record_events(
 def stop_by_guard(
     s: TrainState,  # after the step
     folder: Path,  # of the run
-    log: RunLog,  # flushed
+    log: RunLog | None,  # flushed; None where another process writes
 ):
     "Raise Stopped(3) and name the last good checkpoint."
-    log.flush()
+    if log: log.flush()
     found = checkpoints(folder)
     good = found[-1] if found else 'none was saved yet'
     raise Stopped(3, f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}; last good checkpoint: {good}')
@@ -771,8 +884,8 @@ def draw_grid(
     "Samples of the averaged generator: one row per class."
     y = torch.arange(len(s.classes)).repeat_interleave(k)
     path = folder / 'samples' / f'step_{s.step:06d}.png'
-    grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes).save(path)
-    return path
+    image = grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes)
+    return atomic_write(path, lambda f: image.save(f, 'PNG'))
 
 # %% ../nbs/52_train.ipynb #cffcec7a
 def finish(
@@ -827,14 +940,14 @@ def dry_run(
     n: int = 4,  # timed steps after one untimed
 ) -> dict:  # parameters, memory in MB, seconds per step, hours
     "Time a few steps and say what the whole run would take."
-    with tempfile.TemporaryDirectory() as d:
-        s, data, _ = open_run(replace(cfg, out=str(Path(d, 'run'))))
+    with tempfile.TemporaryDirectory() as d, processes(device_name(cfg)):
+        s, data, _ = open_run(replace(cfg, out=str(Path(on_first(lambda: d), 'run'))))
         steps = batches(data)
         train_step(s, *next(steps)[:2])
         started = time.perf_counter()
         for _ in range(n): train_step(s, *next(steps)[:2])
         if s.device.type == 'cuda': torch.cuda.synchronize()
-        each = (time.perf_counter() - started) / n
+        each = max(gather((time.perf_counter() - started) / n))
     memory = torch.cuda.max_memory_allocated() / 2**20 if s.device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(G_parameters=count(s.G), D_parameters=count(s.D), patches=len(data.dataset('train')), classes=len(data.classes), steps=s.total, memory_mb=round(memory),
@@ -843,7 +956,7 @@ def dry_run(
 # %% ../nbs/52_train.ipynb #93b60ff3
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
-) -> int:  # 0 done, 2 bad input, 3 stopped by a guard, 130 interrupted
+) -> int:  # 0 done, 1 a process was lost, 2 bad input, 3 stopped by a guard, 130 interrupted
     "`python -m histogan.train`."
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
@@ -851,16 +964,24 @@ def main(
             for k, v in dry_run(args.config).items(): print(f'{k}: {v}')
         else: train(args.config, resume=bool(args.resume))
         return 0
-    except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 2
-    except Stopped as e:
-        print(f'stopped: {e}', file=sys.stderr)
-        return e.code
+    except Elsewhere: return 2  # the first process has said why
+    except InputError as e: return say(2, f'error: {e}')
+    except Stopped as e: return say(e.code, f'stopped: {e}')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        print(f'error: {e.filename or "the run folder"}: the disk is full; free some space and go on with --resume', file=sys.stderr)
-        return 2
+        return say(2, f'error: {e.filename or "the run folder"}: the disk is full; free some space and go on with --resume')
+    except RuntimeError as e:
+        if not lost_peer(e): raise
+        return say(1, 'stopped: another process of this run has ended; go on with --resume')
+
+# %% ../nbs/52_train.ipynb #605cc018
+def say(
+    code: int,  # exit code
+    text: str,  # one line for the user
+) -> int:  # the code
+    "Last words of a process; of several, each says which it is."
+    print(f'[process {rank()}] {text}' if rank() else text, file=sys.stderr)
+    return code
 
 # %% ../nbs/52_train.ipynb #d61d3275
 #| eval: false
