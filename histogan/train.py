@@ -812,6 +812,7 @@ def open_log(
     "Cut the log off behind the checkpoint, and say what begins."
     opened = []
     def begin():
+        for torn in (folder / 'checkpoints').glob('.*.tmp'): torn.unlink()  # of a process killed while it saved
         opened.append(RunLog(folder, s.step))
         note_changes(s, folder, opened[0])
         print(opening_line(s, data, folder), flush=True)
