@@ -158,8 +158,9 @@ def warp(
     h, w = x.shape[-2:]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([torch.stack([c, -s * h / w, 2 * shift[:, 0]], 1), torch.stack([s * w / h, c, 2 * shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(theta.to(wide), list(x.shape), align_corners=False)
-    return _Warp.apply(wide, grid).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # it would compute the grid in half precision, 1/256 of a side apart
+        grid = F.affine_grid(theta.to(wide), list(x.shape), align_corners=False)
+        return _Warp.apply(wide, grid).to(x.dtype)
 
 # %% ../nbs/31_augment.ipynb #bd639be3
 def apply_moves(

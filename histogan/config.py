@@ -284,7 +284,8 @@ def fitted_like(
     "What `fit_to_data` decided for the run, decided again."
     g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels)
     d = {k: getattr(run.d, k) for k in ('num_classes', 'img_res', 'heads', 'duet_dim')}
-    return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d))
+    amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
+    return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp))
 
 # %% ../nbs/50_config.ipynb #eb8044c6
 def differing(

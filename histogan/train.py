@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
-           'load_state_dict', 'build', 'pick_device', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
+           'load_state_dict', 'build', 'pick_device', 'pick_amp', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
            'wants_encoder', 'see', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend',
            'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr',
-           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'frechet',
-           'evaluate', 'save', 'open_run', 'check_share', 'claim', 'phantom_root', 'total_steps', 'start_folder',
-           'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped', 'catch_signals',
-           'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line', 'tick', 'record_events',
-           'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main', 'say']
+           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate', 'save',
+           'open_run', 'check_share', 'claim', 'phantom_root', 'total_steps', 'start_folder', 'resume_state',
+           'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped', 'catch_signals', 'batches', 'train',
+           'train_locked', 'open_log', 'note_down', 'opening_line', 'tick', 'record_events', 'stop_by_guard',
+           'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main', 'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
@@ -19,7 +19,6 @@ from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_
 # %% ../nbs/52_train.ipynb #a83e2731
 import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, socket, sys, tempfile, time
 import numpy as np
-import scipy.linalg
 import torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,11 +33,12 @@ from .data import InputError, load_manifest, open_data, save_manifest, to_float,
 from .discriminator import CombinedCondDiscriminator
 from .dist import Elsewhere, any_rank, average, from_first, gather, in_turn, local_rank, lost_peer, mine, on_first, processes, rank, whole, world
 from .encoder import load_encoder, why_no_encoder
+from .gates import frechet
 from .generator import Generator, draw_crossover, draw_noise
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
                              ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_threshold, saturation_update, steps_differ)
-from .losses import (PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, mixing_reg,
-                             pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, saturation, weigh)
+from .losses import (LayoutTerm, PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, layouts, mixing_reg,
+                             pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, r2_due, saturation, weigh)
 from .phantom import make_phantom
 
 # %% ../nbs/52_train.ipynb #276c1ddc
@@ -55,6 +55,7 @@ class TrainState:
     scaler: torch.amp.GradScaler  # active for fp16 only
     stats: RealStatsEMA  # moments of the reals
     pair: PairTerm  # per-class distances of real pairs
+    layout: LayoutTerm  # per-class mean layouts of reals and fakes
     encoder: nn.Module | None  # frozen; not saved
     total: int  # D steps of the whole run
     ada: AdaState = AdaState()  # augmentation controller
@@ -71,7 +72,7 @@ class TrainState:
         return next(self.G.parameters()).device
 
 # %% ../nbs/52_train.ipynb #643f043b
-MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair')
+MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair', 'layout')
 GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState)
 NUMBERS = ('step', 'n_img', 'best')
 
@@ -110,8 +111,9 @@ def build(
     total: int = 1,  # D steps of the whole run
 ) -> TrainState:  # at step 0
     "Networks and optimisers, initialised from the seed."
-    cfg = fit_to_data(cfg, len(classes), encoder)
-    device, layout = pick_device(cfg), torch.channels_last if cfg.run.channels_last else torch.contiguous_format
+    cfg, device = fit_to_data(cfg, len(classes), encoder), pick_device(cfg)
+    cfg = replace(cfg, run=replace(cfg.run, amp=pick_amp(cfg, device)))
+    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
     torch.manual_seed(cfg.run.seed)
     G, D = Generator(cfg.g), CombinedCondDiscriminator(cfg.d, encoder)
     G_ema = Generator(cfg.g)
@@ -120,7 +122,7 @@ def build(
     adam = lambda m, lr: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr, betas=cfg.optim.betas)
     n_maps = len(encoder.map_channels) if cfg.loss.pair_weight and encoder is not None else 0
     return TrainState(cfg, list(classes), G, D, G_ema, adam(G, cfg.optim.lr_g), adam(D, cfg.optim.lr_d),
-                      torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device),
+                      torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device), LayoutTerm(len(classes)).to(device),
                       encoder, total, sat=SaturationState(lambda_perceptual=cfg.loss.lambda_perceptual, alpha_max=cfg.gate.alpha_max))
 
 # %% ../nbs/52_train.ipynb #43f4af64
@@ -131,6 +133,17 @@ def pick_device(
     name = device_name(cfg)
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError): raise InputError(f'--run.device {name}: not available on this machine; use cpu') from None
+
+# %% ../nbs/52_train.ipynb #7cff809e
+def pick_amp(
+    cfg: Config,  # run.amp may be 'auto'
+    device: torch.device,  # of the run
+) -> str:  # 'off', 'fp16' or 'bf16'
+    "What `auto` means here: half precision where the processor computes in it."
+    if cfg.run.amp != 'auto': return cfg.run.amp
+    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    has = lambda feature: getattr(torch.cpu, f'_is_{feature}_supported', lambda: False)()
+    return 'bf16' if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile')) else 'off'
 
 # %% ../nbs/52_train.ipynb #d614b495
 def device_name(
@@ -250,16 +263,17 @@ def d_step(
         terms = dict(adv=sum(loss_fn(r, f) for r, f in zip(real.logits, fake.logits)))
     if c.drift_eps: terms['drift'] = drift(real.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, reals.aug, y)
+    if r2_due(c, s.step): terms['r2'] = r1_of(s, fakes.aug, y)
     loss, log = weigh(terms, d_weights(c, s.step))
     return descend(s, s.opt_D, loss, {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)))
 
 # %% ../nbs/52_train.ipynb #8a69accc
 def r1_of(
     s: TrainState,  # read only
-    aug: torch.Tensor,  # (N, 3, R, R) augmented reals
+    aug: torch.Tensor,  # (N, 3, R, R) augmented reals; fakes give R2
     y: torch.Tensor,  # (N,)
 ) -> torch.Tensor:  # E‖∇x D(x)‖², with a graph to D
-    "R1 at the reals, without the encoder."
+    "Squared slope of D at these images, without the encoder."
     x = aug.detach().float().requires_grad_()
     return r1_penalty(x, s.D(x, y, 0.0, no_heads=True).r1_logit)
 
@@ -299,7 +313,7 @@ def descend(
 
 # %% ../nbs/52_train.ipynb #d438f65f
 def g_step(
-    s: TrainState,  # G and opt_G change
+    s: TrainState,  # G, opt_G and layout change
     x: torch.Tensor,  # (N, 3, R, R) reals in [-1, 1]
     y: torch.Tensor,  # (N,) labels
     reals: Seen | None = None,  # of x, when already looked at
@@ -314,8 +328,10 @@ def g_step(
     try:
         with autocast(s): terms = g_terms(s, y, reals, fakes)
         loss, log = weigh(terms, weights_of_g(s))
-        return descend(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
+        g = descend(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
     finally: s.D.requires_grad_(True)
+    if g.finite and s.cfg.loss.layout_weight: s.layout.update(*(layouts(together(s, t)) for t in (reals.x, fakes.x.detach())), together(s, y))
+    return g
 
 # %% ../nbs/52_train.ipynb #acb9bdcb
 def g_terms(
@@ -338,6 +354,7 @@ def g_terms(
     if w['feature_matching']: terms['feature_matching'] = feature_matching(fake.feat, real.feat)
     if w['mixing']: terms['mixing'] = mixing_reg(batch, c.mixing_target)
     if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
+    if w['layout']: terms['layout'] = s.layout.penalty(layouts(fakes.x), y)
     return terms
 
 # %% ../nbs/52_train.ipynb #d6a239b2
@@ -447,7 +464,7 @@ def prepare_batch(
 
 # %% ../nbs/52_train.ipynb #e92ff202
 RECIPE_COLUMNS = ('epoch', 'step', 'd_loss', 'g_loss', 'real_mu', 'real_min', 'real_max', 'fake_mu', 'fake_min', 'fake_max', 'ada_p', 'acc', 'acc_ema', 'alpha')
-TERM_NAMES = ('d_adv', 'd_r1', 'd_drift', 'g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing', 'g_pair')
+TERM_NAMES = ('d_adv', 'd_r1', 'd_r2', 'd_drift', 'g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing', 'g_pair', 'g_layout')
 COLUMNS = (*RECIPE_COLUMNS, 'n_img', 'lr_g', 'lr_d', 'd_grad_norm', 'g_grad_norm', 'real_mean_abs', 'fake_mean_abs', 'gate_on', 'alpha_max',
            'lambda_perceptual', 'nonfinite_run', 'nonfinite_total', *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
 
@@ -538,17 +555,6 @@ def grid_image(
     draw = ImageDraw.Draw(page)
     for i, c in enumerate(classes): draw.text((4, i * R + R // 2), c, fill='black', font=font, anchor='lm')
     return page
-
-# %% ../nbs/52_train.ipynb #27220983
-def frechet(
-    a: np.ndarray,  # (N, d) features
-    b: np.ndarray,  # (M, d) features
-) -> float:  # ≥ 0; units of the features squared
-    "Fréchet distance of two Gaussians fitted to features."
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov = [np.cov(f, rowvar=False).reshape(f.shape[1], -1) for f in (a, b)]
-    ev = scipy.linalg.eigvals(cov[0] @ cov[1])  # eigenvalues are ≥ 0 up to rounding
-    return float(((a.mean(0) - b.mean(0))**2).sum() + np.trace(cov[0] + cov[1]) - 2 * np.sqrt(ev.real.clip(min=0)).sum())
 
 # %% ../nbs/52_train.ipynb #fb2d6ffe-2
 @torch.no_grad()
@@ -806,6 +812,7 @@ def open_log(
     "Cut the log off behind the checkpoint, and say what begins."
     opened = []
     def begin():
+        for torn in (folder / 'checkpoints').glob('.*.tmp'): torn.unlink()  # of a process killed while it saved
         opened.append(RunLog(folder, s.step))
         note_changes(s, folder, opened[0])
         print(opening_line(s, data, folder), flush=True)
