@@ -284,24 +284,27 @@ def table(
         out.append(dict(row=name, what=mine[0]['what'], seeds=len(mine), stopped=sum(r['stopped'] for r in mine)) | {k: v for c in f for k, v in ((c, middle[c]), (f'{c}_std', std[c]))})
     return pd.DataFrame(out).drop(columns='steps_std')
 
-# %% ../nbs/54_ablate.ipynb #553d8d25
+# %% ../nbs/54_ablate.ipynb #6eb76524
+def _cell(m, s, digits=2):
+    "Mean ± deviation, as far as they are known."
+    return '–' if pd.isna(m) else f'{m:.{digits}f}' + ('' if pd.isna(s) else f' ± {s:.{digits}f}')
+
 def shown(
     df: pd.DataFrame,  # from `table`, or read from ablation.csv
 ) -> pd.DataFrame:  # text
     "The table for people: mean ± deviation."
-    def cell(m, s, digits=2): return '–' if pd.isna(m) else f'{m:.{digits}f}' + ('' if pd.isna(s) else f' ± {s:.{digits}f}')
     out = {'row': df.row, 'what': df.what, 'seeds': [f'{n}' + f' ({k} stopped)' * (k > 0) for n, k in zip(df.seeds, df.stopped)]}
-    for k, title in FIGURES.items(): out[title] = [cell(m, s) for m, s in zip(df[k], df[f'{k}_std'])]
-    return pd.DataFrame(out | {'steps': df.steps.astype(int), 's': [cell(m, None, 0) for m in df.seconds]})
+    for k, title in FIGURES.items(): out[title] = [_cell(m, s) for m, s in zip(df[k], df[f'{k}_std'])]
+    return pd.DataFrame(out | {'steps': df.steps.astype(int), 's': [_cell(m, None, 0) for m in df.seconds]})
 
 # %% ../nbs/54_ablate.ipynb #0d88fda9
 def draw_table(
     df: pd.DataFrame,  # as `shown`
 ):  # matplotlib figure
-    "One panel per figure, rows from top to bottom, gates dotted."
+    "One panel per figure, rows from top to bottom; gates, relative to the row `reals`, dotted."
     import matplotlib.pyplot as plt
-    g, df = GatesConfig(), df.iloc[::-1]
-    limits = dict(agreement=[g.min_agreement], worst=[g.min_class_agreement], features=[g.min_diversity, g.max_diversity], pixels=[g.min_diversity, g.max_diversity],
+    g, df, real = GatesConfig(), df.iloc[::-1], df.agreement[df.row == 'reals'].max()
+    limits = dict(agreement=[g.min_agreement * real], worst=[g.min_class_agreement * real], features=[g.min_diversity, g.max_diversity], pixels=[g.min_diversity, g.max_diversity],
                   layout=[g.max_layout], fd=[g.max_fd_ratio])
     fig, axs = plt.subplots(1, len(FIGURES), figsize=(10, .9 + .19 * len(df)), sharey=True, layout='constrained')
     for ax, (k, title) in zip(axs, FIGURES.items()):
