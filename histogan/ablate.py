@@ -297,7 +297,7 @@ def shown(
     "The table for people: mean ± deviation."
     out = {'row': df.row, 'what': df.what, 'seeds': [f'{n}' + f' ({k} stopped)' * (k > 0) for n, k in zip(df.seeds, df.stopped)]}
     for k, title in FIGURES.items(): out[title] = [_cell(m, s) for m, s in zip(df[k], df[f'{k}_std'])]
-    return pd.DataFrame(out | {'steps': df.steps.astype(int), 's': [_cell(m, None, 0) for m in df.seconds]})
+    return pd.DataFrame(out | {'agreement of G itself': [_cell(m, None) for m in df.agreement_G], 'steps': df.steps.astype(int), 's': [_cell(m, None, 0) for m in df.seconds]})
 
 # %% ../nbs/54_ablate.ipynb #0d88fda9
 def draw_table(
