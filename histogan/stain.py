@@ -59,17 +59,23 @@ def _density(v): return np.maximum(-np.log(np.maximum(v, 1 / 255)), 1e-6)  # bla
 _GRID = np.arange((1 << 14) + 1) / (1 << 14)
 _LINEAR, _BYTE_DENSITY = (f(np.arange(256) / 255).astype(np.float32) for f in (_linear, _density))
 _CUBE_ROOT, _GAMMA, _LIGHT_DENSITY = (f(_GRID).astype(np.float32) for f in (_cube_root, _gamma, lambda t: _density(_gamma(t))))
+_DEEP = 8  # density at which 255 exp(-density) rounds to 0; end of the next table
+_FADE = np.exp(-_DEEP * _GRID).astype(np.float32)
 
 def _look(table, t):  # t in [0, 1]; outside is clipped
     "The nearest entry of a table over `_GRID`."
     return table[(t * (1 << 14) + .5).clip(0, 1 << 14).astype(np.int32)]
+
+def _mix(matrix, x):  # (k, m), (m, n) -> (k, n) of the dtype of `x`
+    "`matrix @ x` with one order of summation on every processor."
+    return np.stack([sum(w * row for w, row in zip(ws, x)) for ws in np.asarray(matrix, x.dtype)])
 
 # %% ../nbs/03_stain.ipynb #ac21febf
 def to_lab(
     img: np.ndarray,  # (H, W, 3) uint8
 ) -> np.ndarray:  # (3, H * W) float32: L in [0, 100], a, b
     "sRGB bytes to CIE L*a*b*."
-    fx, fy, fz = _look(_CUBE_ROOT, _TO_XYZ @ _LINEAR[img.reshape(-1, 3).T])
+    fx, fy, fz = _look(_CUBE_ROOT, _mix(_TO_XYZ, _LINEAR[img.reshape(-1, 3).T]))
     return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
 def from_lab(
@@ -78,7 +84,7 @@ def from_lab(
     "The way back, short of the gamma curve."
     fy = (lab[0] + 16) / 116
     f = np.stack([fy + lab[1] / 500, fy, fy - lab[2] / 200])
-    return _TO_RGB @ np.where(f > _KNEE, f * f * f, (f - 4 / 29) * (3 * _KNEE**2))
+    return _mix(_TO_RGB, np.where(f > _KNEE, f * f * f, (f - 4 / 29) * (3 * _KNEE**2)))
 
 # %% ../nbs/03_stain.ipynb #3f31a671
 def brighten(
@@ -108,8 +114,8 @@ def amounts(
 ) -> np.ndarray:  # (2, n) >= 0, of the dtype of `od`
     "The non-negative lasso with two unknowns, in closed form."
     matrix = matrix.astype(od.dtype)
-    b = matrix @ od - od.dtype.type(penalty)  # (2, n)
-    g = matrix[0] @ matrix[1]
+    b = _mix(matrix, od) - od.dtype.type(penalty)  # (2, n)
+    g = (matrix[0] * matrix[1]).sum()
     c = (b - g * b[::-1]) / max(1 - g * g, 1e-6)
     alone = np.maximum(b, 0) * (b >= b[::-1])  # the larger of the two, the other one 0
     return np.where((c >= 0).all(0), c, alone)
@@ -119,9 +125,10 @@ def _macenko(od, cfg):  # (3, n) tissue -> (2, 3)
     "Stains at the edges of the plane of largest variance."
     dense = od.mean(0) >= cfg.beta
     if dense.any(): od = od[:, dense]
-    _, v = np.linalg.eigh(np.cov(od, bias=True).astype(np.float64))  # ascending eigenvalues
+    away = od - od.mean(1, keepdims=True)
+    _, v = np.linalg.eigh([[(a * b).mean(dtype=np.float64) for b in away] for a in away])  # ascending eigenvalues
     v = v[:, [2, 1]] * np.where(v[0, [2, 1]] < 0, -1, 1)  # (3, 2)
-    p, q = v.T @ od
+    p, q = _mix(v.T, od.astype(np.float64))
     edges = np.percentile(np.arctan2(q, p), [100 - cfg.angle, cfg.angle])
     return np.stack([np.cos(edges), np.sin(edges)], 1) @ v.T
 
@@ -173,7 +180,7 @@ def _measure_stains(img, method, cfg) -> Measured:
     matrix = _ordered(_STAINS[method](od[:, tissue], cfg))
     c = amounts(od, matrix, cfg.lambda2)
     scale = np.percentile(c, cfg.percentile, axis=1)
-    bad = scale.min() < cfg.min_stain or matrix[0] @ matrix[1] > .9995
+    bad = scale.min() < cfg.min_stain or (matrix[0] * matrix[1]).sum() > .9995
     return Measured(FLAT if bad else '', dict(matrix=matrix, scale=scale), c)
 
 # %% ../nbs/03_stain.ipynb #98879c44
@@ -190,7 +197,7 @@ def _rebuilt(seen: Measured, target):  # -> (3, n) uint8
     "The pixels of a patch in the colours of the target."
     if 'matrix' in target:
         gain = target['scale'] / seen.stats['scale']
-        light = np.exp(-((target['matrix'] * gain[:, None]).T.astype(np.float32) @ seen.pixels))
+        light = _look(_FADE, _mix((target['matrix'] * gain[:, None]).T, seen.pixels) / _DEEP)
         return (255 * light + np.float32(.5)).astype(np.uint8)
     stretch = (target['std'] / seen.stats['std']).astype(np.float32)[:, None]
     lab = (seen.pixels - seen.stats['mean'].astype(np.float32)[:, None]) * stretch + target['mean'].astype(np.float32)[:, None]
