@@ -11,6 +11,7 @@ __all__ = ['MIN_SIDE', 'WHITE', 'GLASS', 'DARK', 'BRIGHT', 'RULES', 'BLOCKINESS'
 # %% ../nbs/02_quality.ipynb #0b0fbaaf
 import difflib, json, os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -70,19 +71,21 @@ GLASS = 235  # grey value up to which a pixel absorbs; measured below on real pa
 DARK, BRIGHT = 5, 250  # the outer 2 % of 0…255: the scanner's range ends; decided
 
 # %% ../nbs/02_quality.ipynb #1c5a6484
-def _histogram(g):  # (N, H, W) uint8 -> (N, 256) float64
-    "Share of the pixels at each grey value."
-    return np.array([np.bincount(x.ravel(), minlength=256) for x in g]).reshape(len(g), 256) / (g.shape[1] * g.shape[2])
+def _histogram(g):  # (N, H, W) uint8 -> (N, 256) int64
+    "Pixels at each grey value."
+    return np.array([np.bincount(x.ravel(), minlength=256) for x in g], np.int64).reshape(len(g), 256)
 
-def _entropy(p):  # (N, 256) -> (N,)
+def _entropy(n):  # (N, 256) counts -> (N,)
     "Bits per pixel of the grey histogram."
+    p = n / n.sum(1, keepdims=True)
     return np.abs((p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1))  # abs: no -0.0
 
 # %% ../nbs/02_quality.ipynb #0ef8dd72
-def _shares(p):  # (N, 256) -> white, saturated, tissue: (N,) each
-    "Cuts through the histogram."
-    cut = p.cumsum(1).clip(0, 1)
-    return 1 - cut[:, WHITE], cut[:, DARK] + 1 - cut[:, BRIGHT - 1], cut[:, GLASS]
+def _shares(n):  # (N, 256) counts -> white, saturated, tissue: (N,) each
+    "Cuts through the histogram, counted before they are divided: none is 0 and all is 1, exactly."
+    upto = n.cumsum(1)
+    whole = upto[:, -1]
+    return (whole - upto[:, WHITE]) / whole, (upto[:, DARK] + whole - upto[:, BRIGHT - 1]) / whole, upto[:, GLASS] / whole
 
 # %% ../nbs/02_quality.ipynb #8bef4141
 _NCT = dict(  # min lap_var, entropy; max white, sat; min tenengrad; max blockiness; min tissue: the seed, 224 px
@@ -141,9 +144,9 @@ def batch_metrics(
     imgs: np.ndarray,  # (N, H, W, 3) uint8, sides ≥ `MIN_SIDE`
 ) -> QualityMetrics:  # of (N,) float64
     "The eight metrics of a stack of patches of one size."
-    g = luminance(_stack(imgs)); p = _histogram(g)
-    white, sat, tissue = _shares(p)
-    return QualityMetrics(_lap_var(g), _entropy(p), _tenengrad(g), white, sat, _block_spatial(g), _block_dct(g), tissue)
+    g = luminance(_stack(imgs)); n = _histogram(g)
+    white, sat, tissue = _shares(n)
+    return QualityMetrics(_lap_var(g), _entropy(n), _tenengrad(g), white, sat, _block_spatial(g), _block_dct(g), tissue)
 
 # %% ../nbs/02_quality.ipynb #ebd5fe4c
 def quality_metrics(
@@ -287,6 +290,8 @@ def save_thresholds(
     text = json.dumps({c: asdict(t) for c, t in as_thresholds(thresholds).items()}, indent=2, allow_nan=False) + '\n'
     try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
     except OSError as e: raise InputError(f'{path}: cannot be written ({e.strerror}); choose another place') from None
+    finally:
+        with suppress(OSError): part.unlink()
     return path
 
 # %% ../nbs/02_quality.ipynb #e12cbaee
