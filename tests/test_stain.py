@@ -117,6 +117,13 @@ try: stain_matrix(x[0])
 except InputError as e: print(e)
 '''
 
+def test_a_worker_without_spams_says_so(target, batch, capsys):
+    state = StainNormalizer().fit(target).state_dict()
+    with patch.dict('sys.modules', spams=None):
+        worker = StainNormalizer(); worker.load_state_dict(state)
+        assert np.array_equal(worker.transform(batch), batch) and not worker.enabled
+    assert capsys.readouterr().err.count('warning: stain:') == 1
+
 @pytest.mark.parametrize('fault', ['raise ImportError("no module of that name")', 'raise OSError("libstdc++.so.6: wrong version\\nsecond line")'], ids=['absent', 'broken'])
 def test_without_spams_one_warning_and_raw_pixels(fault, target, batch, tmp_path):
     (tmp_path/'spams.py').write_text(fault)
