@@ -204,16 +204,23 @@ def _named(bad, n=10) -> str:
     return ' | '.join(map(str, bad[:n])) + (f' | and {len(bad) - n} more' if len(bad) > n else '')
 
 # %% ../nbs/00_data.ipynb #f6a7c1af
+def _check_split(df, path):
+    "A split given by hand uses the three words."
+    wrong = df.index[~df.split.isin(SPLITS)]
+    if len(wrong): raise InputError(f'{path}: line {wrong[0] + 2} has the split {df.split[wrong[0]]!r}; use {", ".join(SPLITS)}')
+
+# %% ../nbs/00_data.ipynb #1e607e39
 def load_manifest(
     path: str | Path,  # CSV with path, label, split; perhaps group and more
     root: str | Path = '',  # folder that relative paths may start from
+    need_split: bool = True,  # the column split must be there
 ) -> pd.DataFrame:  # its rows, paths located, split checked
     "A manifest written by hand or by `save_manifest`."
-    df = _table(path, ('path', 'label', 'split'))
-    wrong = df.index[~df.split.isin(SPLITS)]
-    if len(wrong): raise InputError(f'{path}: line {wrong[0] + 2} has the split {df.split[wrong[0]]!r}; use {", ".join(SPLITS)}')
+    df = _table(path, ('path', 'label', 'split')[:2 + need_split])
+    if need_split: _check_split(df, path)
     if (df.label == '').any(): raise InputError(f'{path}: line {df.index[df.label == ""][0] + 2} has no label; fill it in')
-    df['path'] = [_located(p, ('', root, os.path.dirname(path))) for p in df.path]
+    here = os.path.dirname(os.path.abspath(path))
+    df['path'] = [_located(p, ('', root, here, os.path.dirname(here))) for p in df.path]
     lost = [p for p in df.path if not os.path.isfile(p)] if 'store_row' not in df else []  # a store needs no files
     if lost: raise InputError(f'{path}: {len(lost)} of its {len(df)} files are missing ({_named(lost)}); mend the paths or give their folder')
     if df.path.duplicated().any(): raise InputError(f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one')

@@ -93,7 +93,7 @@ section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.2r
 .note { background: var(--wash); border-left: 4px solid var(--mark); padding: .6em .9em; border-radius: 0 6px 6px 0 }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto; display: block } figcaption, caption { color: var(--dim); font-size: .9rem; padding: .4em 0 }
 .scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .92rem; overflow-wrap: normal } caption { text-align: left }
-th, td { padding: .3em .7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top } th { border-bottom: 2px solid var(--ink); white-space: nowrap }
+th, td { padding: .3em .7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top } th { border-bottom: 2px solid var(--ink); vertical-align: bottom }
 .n { text-align: right; font-variant-numeric: tabular-nums } tbody tr:hover { background: var(--wash) }
 '''
 
