@@ -298,10 +298,7 @@ def _wait(what, done, progress=lambda: 0):
 def _follow():
     "In a worker: leave Ctrl-C to the parent, and go when it is gone."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    home = os.getppid()
-    def watch():
-        while os.getppid() == home: time.sleep(.5)
-        os._exit(1)
+    def watch(): multiprocessing.parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 def _pool(workers):

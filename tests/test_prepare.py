@@ -35,12 +35,12 @@ def patches(tmp_path_factory): return make_phantom(tmp_path_factory.mktemp('patc
 
 @pytest.fixture(scope='module')
 def whole(patches, tmp_path_factory):
-    "The undisturbed store, and how long it took."
+    "The undisturbed store."
     out = tmp_path_factory.mktemp('whole')/'store'
-    began = time.monotonic(); p = start(patches, '--out', out, *SMALL); said, err = p.communicate(timeout=120)
+    p = start(patches, '--out', out, *SMALL); said, err = p.communicate(timeout=120)
     assert p.returncode == 0, err
     assert '810 of 810 patches kept' in said and err == '', err
-    return out, time.monotonic() - began
+    return out
 
 # ---- killed
 
@@ -60,23 +60,23 @@ def gone(pids, seconds=10):
     while any(alive(p) for p in pids) and time.monotonic() < end: time.sleep(.1)
     return not any(alive(p) for p in pids)
 
+def records(out): return len(list(out.glob('.part/done/*.npz')))
+
 def test_killed_at_ten_random_moments_the_store_is_the_same(patches, whole, tmp_path):
-    store, seconds = whole
-    rng, out, kills, states = random.Random(0), tmp_path/'store', 0, set()
+    rng, out, kills, states = random.Random(0), tmp_path/'store', 0, []
     while kills < 10:
-        p = start(patches, '--out', out, *SMALL)
-        time.sleep(rng.uniform(.2, .9) * seconds)
-        below = children(p.pid)
+        goal, p = rng.randint(records(out), min(records(out) + 5, 13)), start(patches, '--out', out, *SMALL)
+        while records(out) < goal and p.poll() is None: time.sleep(.01)
+        time.sleep(rng.uniform(0, .2)); below = children(p.pid)  # between two records, while tables are written, after the end
         p.send_signal(signal.SIGKILL); p.communicate()
-        if p.returncode == 0: assert same(store, out); shutil.rmtree(out); continue  # it was done before the kill
-        kills += 1
+        if p.returncode == 0: assert same(whole, out); shutil.rmtree(out); continue  # it was done before the kill
+        kills += 1; states.append(records(out))
         assert gone(below), 'workers outlived their parent'
-        done = len(list(out.glob('.part/done/*.npz'))); states.add(done)
-        if is_store(out): assert same(store, out) or (out/'.part').exists()
-        if done == 13 and kills < 10: shutil.rmtree(out)  # all but the end was done: begin anew, to be killed elsewhere too
+        if is_store(out): assert verify_store(out) == []
+        if states[-1] == 13 and len(states) % 3: shutil.rmtree(out)  # all but the end was done
     p = start(patches, '--out', out, *SMALL); p.communicate()
-    assert p.returncode == 0 and same(store, out)
-    assert len(states) > 2, states  # the moments differed
+    assert p.returncode == 0 and same(whole, out)
+    assert len(set(states)) > 3, states  # the moments differed
 
 def test_killed_after_every_write_the_store_is_the_same(patches, tmp_path, monkeypatch):
     "In this process: every rename and every wait for the disk fails once, in turn."
@@ -113,7 +113,7 @@ def test_a_dead_worker_and_an_interruption_are_one_line(patches, whole, tmp_path
     p.send_signal(signal.SIGINT); err = p.communicate()[1]
     assert (p.returncode, err) == (130, 'stopped; the same command goes on where it was\n'), err
     p = start(patches, '--out', tmp_path/'a', *SMALL); p.communicate()
-    assert same(whole[0], tmp_path/'a')
+    assert same(whole, tmp_path/'a')
 
 # ---- several processes
 
@@ -123,7 +123,7 @@ def test_three_processes_make_the_same_store(first, patches, whole, tmp_path):
     for r in order: ps.append(start(patches, '--out', tmp_path/'s', '--image-size', '48', RANK=str(r), WORLD_SIZE='3')); time.sleep(.5)
     said = [p.communicate(timeout=120) for p in ps]
     assert [p.returncode for p in ps] == [0, 0, 0], said
-    assert same(whole[0], tmp_path/'s') and [bool(o) for o, _ in said] == [r == 0 for r in order]
+    assert same(whole, tmp_path/'s') and [bool(o) for o, _ in said] == [r == 0 for r in order]
 
 def test_two_runs_in_one_folder(patches, tmp_path):
     part = P._claim(tmp_path/'s')
@@ -159,7 +159,7 @@ def test_a_full_disk(patches, whole, disk):
     assert not is_store(at/'s')
     (at/'ballast').unlink()
     p = start(patches, '--out', at/'s', *SMALL); p.communicate()
-    assert p.returncode == 0 and same(whole[0], at/'s')
+    assert p.returncode == 0 and same(whole, at/'s')
 
 # ---- bad input
 
@@ -247,7 +247,7 @@ def test_store_and_folders_give_the_same_patches(patches, tmp_path):
 
 def test_training_on_a_store_and_resuming(patches, whole, tmp_path):
     out = tmp_path/'run'
-    first = run_cli(['histogan.train', '--preset', 'smoke', '--data.root', whole[0], '--out', out, '--run.steps', '6', '--run.save-every', '3'])
+    first = run_cli(['histogan.train', '--preset', 'smoke', '--data.root', whole, '--out', out, '--run.steps', '6', '--run.save-every', '3'])
     assert first.rc == 0, first.err
     assert '570 training patches' in first.out or 'training patches, 32 px' in first.out
     cut = tmp_path/'cut'; shutil.copytree(out, cut); (cut/'checkpoints'/'cgan_step000006.pt').unlink()
@@ -269,7 +269,7 @@ def browse(page, tmp_path, *flags):
 
 @pytest.mark.skipif(not BROWSER, reason='no Chromium')
 def test_the_audit_in_a_browser(whole, tmp_path):
-    store = shutil.copytree(whole[0], tmp_path/'s')
+    store = shutil.copytree(whole, tmp_path/'s')
     html = P.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
     out, said = browse(store/'audit.html', tmp_path, '--dump-dom')
     assert said == [] and out.count('<img') == 10  # nine classes, one chart
@@ -281,5 +281,5 @@ def test_the_audit_in_a_browser(whole, tmp_path):
     assert n['kept'] == 810 and set(n['classes']) == set(load_store(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
 
 def test_the_audit_is_the_same_twice_and_can_be_added_later(whole, tmp_path):
-    store = shutil.copytree(whole[0], tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
+    store = shutil.copytree(whole, tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
     assert (P.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
