@@ -53,7 +53,8 @@ def speed(cache):
         start, start_cpu, *_ = prepared(few, Path(cache, 'start'), *options)  # imports and choice of the target, paid once
         n = 900 - 9
         print(f'speed: 900 patches of 224 px, quality, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
-              f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch (load {os.getloadavg()[0]:.1f})')
+              f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
+              + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + f' (load {os.getloadavg()[0]:.1f})')
 
 def read(cache, batch=64, batches=20):
     "The same batches out of the store and out of the folders."
