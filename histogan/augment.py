@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['real_accuracy', 'equilibrium_logit', 'AdaConfig', 'AdaState', 'accuracy_threshold', 'ada_update', 'Moves',
-           'draw_moves', 'warp', 'apply_moves', 'ada_augment', 'd4']
+           'draw_moves', 'warp', 'apply_moves', 'ada_augment', 'draw_d4', 'd4']
 
 # %% ../nbs/31_augment.ipynb #2be8fa32
 import math
@@ -158,8 +158,9 @@ def warp(
     h, w = x.shape[-2:]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([torch.stack([c, -s * h / w, 2 * shift[:, 0]], 1), torch.stack([s * w / h, c, 2 * shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(theta.to(wide), list(x.shape), align_corners=False)
-    return _Warp.apply(wide, grid).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # it would compute the grid in half precision, 1/256 of a side apart
+        grid = F.affine_grid(theta.to(wide), list(x.shape), align_corners=False)
+        return _Warp.apply(wide, grid).to(x.dtype)
 
 # %% ../nbs/31_augment.ipynb #bd639be3
 def apply_moves(
@@ -185,15 +186,25 @@ def ada_augment(
     if not 0 <= p <= 1: raise ValueError(f'p must lie in [0, 1], got {p}')
     return x if p == 0 else apply_moves(x, draw_moves(len(x), p, generator, max_rotation, max_translation))
 
+# %% ../nbs/31_augment.ipynb #ad600daf
+def draw_d4(
+    n,  # images
+    generator=None,  # torch.Generator of the draws; None = torch's own stream
+):  # (n, 3) bool: transposed, mirrored, upside down; on the CPU
+    "Which of the eight, for each image."
+    device = 'cpu' if generator is None else generator.device
+    return (torch.rand(3, n, generator=generator, device=device) < 0.5).T.cpu()
+
 # %% ../nbs/31_augment.ipynb #09832899
 def d4(
     x,  # square images; (N, C, R, R) of any dtype
     generator=None,  # torch.Generator of the draws; None = torch's own stream
+    moves=None,  # from `draw_d4`; None = drawn here
 ):  # same shape and dtype; every pixel value kept
     "One of the eight flips and quarter turns per image, uniformly."
     if x.shape[-1] != x.shape[-2]: raise ValueError(f'd4 needs square images, got {tuple(x.shape)}')
-    device = 'cpu' if generator is None else generator.device
-    transpose, horizontal, vertical = (torch.rand(3, len(x), 1, 1, 1, generator=generator, device=device) < 0.5).to(x.device)
+    moves = draw_d4(len(x), generator) if moves is None else moves
+    transpose, horizontal, vertical = moves.T[..., None, None, None].to(x.device)
     x = torch.where(transpose, x.transpose(2, 3), x)
     x = torch.where(horizontal, x.flip(3), x)
     return torch.where(vertical, x.flip(2), x)

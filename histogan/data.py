@@ -662,16 +662,18 @@ def set_epoch(self: BalancedSampler,
 # %% ../nbs/00_data.ipynb #729c7456-4
 @patch
 def state_dict(self: BalancedSampler) -> dict:
-    "The whole state: two integers."
-    return dict(epoch=self.epoch, position=self.position)
+    "The whole state: two integers, the same for any number of processes."
+    return dict(epoch=self.epoch, position=self.position * self.world)
 
 @patch
 def load_state_dict(self: BalancedSampler,
     state: dict,  # from `state_dict`
 ):
-    "Go on from there."
-    if state['position'] >= self.length: raise ValueError(f"position {state['position']} lies outside an epoch of {self.length} images")
-    self.epoch, self.position = int(state['epoch']), int(state['position'])
+    "Go on from there, perhaps with another number of processes."
+    place, odd = divmod(state['position'], self.world * self.unit)
+    if odd: raise InputError(f"{state['position']} images of the epoch were used, which {self.world} processes cannot have shared; resume with as many as before")
+    if place * self.unit >= self.length: raise ValueError(f"position {state['position']} lies outside an epoch of {self.length * self.world} images")
+    self.epoch, self.position = int(state['epoch']), place * self.unit
 
 # %% ../nbs/00_data.ipynb #06ea3ac0
 @dataclass(frozen=True)
@@ -810,6 +812,8 @@ def open_data(
     manifest: pd.DataFrame | None = None,  # already split, from an earlier run
     progress: bool = True,  # show a bar while the files are read
     pin_memory: bool | None = None,  # PIN_MEMORY; None: if CUDA is there; seed
+    rank: int = 0,  # which process this is; 0 to world - 1
+    world: int = 1,  # processes that share each batch of training
 ) -> OpenData:
     "Read, check and split a data set, and open the loaders of a training run."
     import torch
@@ -818,7 +822,8 @@ def open_data(
     _check_use(df, cfg)
     classes = sorted(set(df.label))
     parts = {s: HistoDataset(df[df.split == s], classes, cfg.image_size, images) for s in ('train', 'val')}
-    order = BalancedSampler(parts['train'].labels, cfg.samples_per_class, cfg.seed, cfg.pairs, cfg.batch_size if cfg.drop_last else 1)
+    order = BalancedSampler(parts['train'].labels, cfg.samples_per_class, cfg.seed, cfg.pairs, cfg.batch_size // world if cfg.drop_last else 1, rank, world)
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    train, held = (_loader(cfg, parts[s], BatchSampler(o, cfg.batch_size, False), pin) for s, o in (('train', order), ('val', range(len(parts['val'])))))
+    train = _loader(cfg, parts['train'], BatchSampler(order, cfg.batch_size // world, False), pin)
+    held = _loader(cfg, parts['val'], BatchSampler(range(len(parts['val'])), cfg.batch_size, False), pin)
     return OpenData(cfg, classes, df, images, order, train, held)

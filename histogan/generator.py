@@ -398,11 +398,12 @@ class Generator(nn.Module):
         y,              # class; (N,) int64 in 0 … num_classes - 1
         z_mix=None,     # second latent, in training only; (N, z_dim)
         noise=None,     # None, a `torch.Generator`, a list or 'zero'
+        crossover=None, # as `draw_crossover` draws it; None: drawn here
     ):                  # (N, 3, R, R) float32
         zc, w = self.styles(z, y)
         n = len(self.cfg.sizes)
         if z_mix is None or not self.cfg.use_style_mixing: return self.synthesis(zc, w.expand(n, *w.shape), noise)
-        crossover = draw_crossover(len(z), n, self.cfg.style_mix_prob, device=z.device)
+        if crossover is None: crossover = draw_crossover(len(z), n, self.cfg.style_mix_prob, device=z.device)
         return self.synthesis(zc, mix_styles(w, self.styles(z_mix, y)[1], crossover, n), noise)
 
     def draw_z(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['d_logistic', 'g_nonsat', 'd_bce', 'd_hinge', 'g_hinge', 'd_relativistic', 'g_relativistic', 'r1_penalty', 'drift',
            'channel_stats', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
-           'pair_statistics', 'pair_distance', 'PairTerm', 'LossConfig', 'd_adversarial', 'g_adversarial', 'r1_due',
-           'd_weights', 'g_weights', 'weigh']
+           'pair_statistics', 'pair_distance', 'PairTerm', 'layouts', 'LayoutTerm', 'LossConfig', 'd_adversarial',
+           'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weigh']
 
 # %% ../nbs/30_losses.ipynb #72be5f86
 import math
@@ -265,6 +265,48 @@ class PairTerm(nn.Module):
         short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)  # divides by 1 where unknown
         return (F.relu(short) * known.to(d_fake)).mean()
 
+# %% ../nbs/30_losses.ipynb #37cb71dc
+def layouts(
+    x, # (N, 3, H, W) images in [-1, 1]
+): # (N, 64) pooled luminance with zero mean and unit norm per image
+    "Where each image is dark, on an 8×8 grid."
+    return _layout(F.adaptive_avg_pool2d(_full(x), 8))
+
+# %% ../nbs/30_losses.ipynb #1a066677
+class LayoutTerm(nn.Module):
+    "Per-class mean layouts of reals and fakes, and the penalty for repeating one's own."
+    def __init__(self,
+        num_classes, # number of classes; > 0
+        m=0.95, # share kept per update of a class; [0, 1); measured below
+    ):
+        super().__init__()
+        if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
+        self.m = m
+        for name in ('real', 'fake'): self.register_buffer(name, torch.zeros(num_classes, 64, dtype=torch.float64))
+        self.register_buffer('count', torch.zeros(num_classes, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self,
+        l_real, # (N, 64) layouts of reals
+        l_fake, # (N, 64) layouts of fakes of the same classes
+        y, # (N,) int64 labels of both
+    ):
+        "Move each class present towards its mean layouts in this batch."
+        of = F.one_hot(y, len(self.count)).to(self.count)  # (N, num_classes)
+        n = of.sum(0)
+        rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * (n > 0)
+        for memory, l in ((self.real, l_real), (self.fake, l_fake)):
+            memory.lerp_(of.T @ l.to(memory) / n.clamp(min=1)[:, None], rate[:, None].expand_as(memory))
+        self.count += n > 0
+
+    def penalty(self,
+        l_fake, # (N, 64) layouts of fakes, with gradient
+        y, # (N,) int64 labels
+    ): # scalar in [0, 1]; decided
+        "Mean excess of the fakes' correlation with their class's mean layout; 0 where nothing is known."
+        own, floor = self.fake[y].to(l_fake), self.real[y].square().sum(1).to(l_fake)
+        return F.relu((l_fake * own).sum(1) - floor).mean()
+
 # %% ../nbs/30_losses.ipynb #ee95907a
 @dataclass(frozen=True)
 class LossConfig:
@@ -275,6 +317,7 @@ class LossConfig:
     adv_weight: float = 1.0 # weight of the adversarial loss of D and of G; >= 0; seed
     r1_gamma: float = 15.0 # R1_GAMMA: R1 is weighted by half of it; >= 0; seed
     r1_every: int = 8 # R1_EVERY: steps between R1, not multiplied back; >= 1; seed
+    r2_gamma: float = 0.0 # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in seed
     drift_eps: float = 1e-3 # DRIFT_EPS: weight of the squared real logit; >= 0; seed
     lambda_stats: float = 3e-3 # LAMBDA_STATS: weight of the colour statistics; >= 0; seed
     lambda_perceptual: float = 0.01 # LAMBDA_PERCEPTUAL: weight of the encoder MSE; >= 0; seed
@@ -284,7 +327,8 @@ class LossConfig:
     use_mixing_reg: bool = True # USE_MIXING_REG: whether mixing_reg_weight counts; seed
     mixing_reg_weight: float = 0.1 # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; seed
     mixing_target: float = 0.1 # variance over the batch that costs nothing; >= 0; seed
-    pair_weight: float = 0.0 # weight of the pair term; >= 0; 1.0 in preset modern
+    pair_weight: float = 0.0 # weight of the pair term; >= 0; 0.5 in preset modern
+    layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
     def __post_init__(self):
         if self.adversarial not in ('bce', 'logistic', 'hinge', 'relativistic'):
@@ -294,8 +338,8 @@ class LossConfig:
                              f'fake {self.label_smoothing_fake}, real {self.label_smoothing_real}')
         if not 0 <= self.saturation_limit <= 1: raise ValueError(f'saturation_limit must be in [0, 1], got {self.saturation_limit}')
         if not (isinstance(self.r1_every, int) and self.r1_every >= 1): raise ValueError(f'r1_every must be a whole number >= 1, got {self.r1_every}')
-        for name in ('adv_weight', 'r1_gamma', 'drift_eps', 'lambda_stats', 'lambda_perceptual', 'lambda_saturation',
-                     'lambda_feature_matching', 'mixing_reg_weight', 'mixing_target', 'pair_weight'):
+        for name in ('adv_weight', 'r1_gamma', 'r2_gamma', 'drift_eps', 'lambda_stats', 'lambda_perceptual', 'lambda_saturation',
+                     'lambda_feature_matching', 'mixing_reg_weight', 'mixing_target', 'pair_weight', 'layout_weight'):
             if not 0 <= getattr(self, name) < math.inf: raise ValueError(f'{name} must be finite and >= 0, got {getattr(self, name)}')
 
 # %% ../nbs/30_losses.ipynb #78e953d3
@@ -321,19 +365,26 @@ def r1_due(
     "Whether this step pays R1: every `r1_every` steps, if it has a weight at all."
     return cfg.r1_gamma > 0 and step % cfg.r1_every == 0
 
+def r2_due(
+    cfg, # LossConfig
+    step, # D steps so far, this one included; >= 1
+): # bool
+    "Whether this step pays R2, in the same steps as R1."
+    return cfg.r2_gamma > 0 and step % cfg.r1_every == 0
+
 def d_weights(
     cfg, # LossConfig
     step, # D steps so far, this one included; >= 1
-): # dict adv, r1, drift -> float
+): # dict adv, r1, r2, drift -> float
     "The weight of each of D's terms in this step."
-    return dict(adv=cfg.adv_weight, r1=cfg.r1_gamma / 2 if r1_due(cfg, step) else 0.0, drift=cfg.drift_eps)
+    return dict(adv=cfg.adv_weight, r1=cfg.r1_gamma / 2 * r1_due(cfg, step), r2=cfg.r2_gamma / 2 * r2_due(cfg, step), drift=cfg.drift_eps)
 
 def g_weights(
     cfg, # LossConfig
 ): # dict term -> float
     "The weight of each of G's terms."
     return dict(adv=cfg.adv_weight, stats=cfg.lambda_stats, perceptual=cfg.lambda_perceptual, saturation=cfg.lambda_saturation,
-                feature_matching=cfg.lambda_feature_matching, mixing=cfg.mixing_reg_weight * cfg.use_mixing_reg, pair=cfg.pair_weight)
+                feature_matching=cfg.lambda_feature_matching, mixing=cfg.mixing_reg_weight * cfg.use_mixing_reg, pair=cfg.pair_weight, layout=cfg.layout_weight)
 
 # %% ../nbs/30_losses.ipynb #a621726c
 def weigh(

@@ -4,38 +4,44 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
-           'load_state_dict', 'build', 'pick_device', 'reseed', 'Seen', 'wants_encoder', 'see', 'draw_fakes',
-           'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend', 'g_step', 'g_terms', 'weights_of_g',
-           'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr', 'train_step', 'prepare_batch', 'row_of',
-           'RunLog', 'cut_after', 'sample', 'grid_image', 'frechet', 'evaluate', 'save', 'open_run', 'claim',
-           'phantom_root', 'total_steps', 'start_folder', 'resume_state', 'locked', 'claimable', 'Stopped',
-           'catch_signals', 'batches', 'train', 'train_locked', 'opening_line', 'tick', 'record_events',
-           'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main']
+           'load_state_dict', 'build', 'pick_device', 'pick_amp', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
+           'wants_encoder', 'see', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend',
+           'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr',
+           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate', 'look',
+           'is_best', 'save', 'open_run', 'open_judge', 'check_share', 'claim', 'phantom_root', 'total_steps',
+           'start_folder', 'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped',
+           'catch_signals', 'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line', 'tick',
+           'record_events', 'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main',
+           'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
 
 # %% ../nbs/52_train.ipynb #a83e2731
-import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, sys, tempfile, time
+import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, signal, socket, sys, tempfile, time
 import numpy as np
-import scipy.linalg
 import torch
 from dataclasses import asdict, dataclass, field, replace
+from fastcore.basics import patch
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm.auto import tqdm
 from typing import NamedTuple
-from .augment import AdaState, accuracy_threshold, ada_augment, ada_update, d4, real_accuracy
-from .checkpoint import checkpoint_path, checkpoints, export_generator, generator_card, load_checkpoint, prune, save_checkpoint
+from .augment import AdaState, accuracy_threshold, ada_update, apply_moves, d4, draw_d4, draw_moves, real_accuracy
+from .checkpoint import atomic_write, checkpoint_path, checkpoints, export_generator, generator_card, load_checkpoint, misfit, prune, save_checkpoint
+from .config import differing
 from .data import InputError, load_manifest, open_data, save_manifest, to_float, to_uint8, warn_line
 from .discriminator import CombinedCondDiscriminator
+from .dist import Elsewhere, any_rank, average, from_first, gather, in_turn, local_rank, lost_peer, mine, on_first, processes, rank, whole, world
 from .encoder import load_encoder, why_no_encoder
-from .generator import Generator
+from .gates import GatesState, Quality, frechet, gates_update, quality
+from .generator import Generator, draw_crossover, draw_noise
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
                              ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_threshold, saturation_update, steps_differ)
-from .losses import (PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, mixing_reg,
-                             pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, saturation, weigh)
+from .judge import judge_for
+from .losses import (LayoutTerm, PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, layouts, mixing_reg,
+                             pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, r2_due, saturation, weigh)
 from .phantom import make_phantom
 
 # %% ../nbs/52_train.ipynb #276c1ddc
@@ -52,15 +58,18 @@ class TrainState:
     scaler: torch.amp.GradScaler  # active for fp16 only
     stats: RealStatsEMA  # moments of the reals
     pair: PairTerm  # per-class distances of real pairs
+    layout: LayoutTerm  # per-class mean layouts of reals and fakes
     encoder: nn.Module | None  # frozen; not saved
     total: int  # D steps of the whole run
     ada: AdaState = AdaState()  # augmentation controller
     gate: GateState = GateState()  # alpha gate
     sat: SaturationState = SaturationState()  # saturation guard
     nonfinite: NonFiniteState = NonFiniteState()  # NaN guard
+    gates: GatesState = GatesState()  # best checkpoint by the gates
     step: int = 0  # D steps begun
     n_img: int = 0  # real images used
-    best: float = math.inf  # lowest metric so far
+    best: float = math.inf  # lowest distance so far, where that chooses
+    judge: object = None  # looks at checkpoints; not saved
 
     @property
     def device(self):
@@ -68,8 +77,8 @@ class TrainState:
         return next(self.G.parameters()).device
 
 # %% ../nbs/52_train.ipynb #643f043b
-MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair')
-GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState)
+MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair', 'layout')
+GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState, gates=GatesState)
 NUMBERS = ('step', 'n_img', 'best')
 
 def state_dict(
@@ -85,12 +94,18 @@ def load_state_dict(
     saved: dict,  # what `state_dict` gave
 ) -> TrainState:  # `s`; InputError names the part that does not fit
     "Continue where `saved` was."
+    if saved.get('classes') != s.classes: raise InputError(f'checkpoint: it is of the classes {saved.get("classes")}, the run of {s.classes}')
     for name in MODULES:
-        try: getattr(s, name).load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise InputError(f'checkpoint: {name} does not fit this configuration ({str(e).splitlines()[0][:100]})') from None
-    for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
-    for name in NUMBERS: setattr(s, name, saved[name])
+        try:
+            module = getattr(s, name)
+            if isinstance(module, nn.Module) and (fault := misfit(module.state_dict(), saved.get(name))): raise ValueError(fault)
+            module.load_state_dict(saved[name])
+        except (KeyError, TypeError, RuntimeError, ValueError) as e:
+            raise InputError(f'checkpoint: {name} is of another architecture ({str(e).splitlines()[0][:120]})') from None
+    try:
+        for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
+        for name in NUMBERS: setattr(s, name, saved[name])
+    except (KeyError, TypeError) as e: raise InputError(f'checkpoint: written by another version ({e})') from None
     return s
 
 # %% ../nbs/52_train.ipynb #d73010b0
@@ -101,8 +116,9 @@ def build(
     total: int = 1,  # D steps of the whole run
 ) -> TrainState:  # at step 0
     "Networks and optimisers, initialised from the seed."
-    cfg = fit_to_data(cfg, len(classes), encoder)
-    device, layout = pick_device(cfg), torch.channels_last if cfg.run.channels_last else torch.contiguous_format
+    cfg, device = fit_to_data(cfg, len(classes), encoder), pick_device(cfg)
+    cfg = replace(cfg, run=replace(cfg.run, amp=pick_amp(cfg, device)))
+    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
     torch.manual_seed(cfg.run.seed)
     G, D = Generator(cfg.g), CombinedCondDiscriminator(cfg.d, encoder)
     G_ema = Generator(cfg.g)
@@ -111,17 +127,36 @@ def build(
     adam = lambda m, lr: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr, betas=cfg.optim.betas)
     n_maps = len(encoder.map_channels) if cfg.loss.pair_weight and encoder is not None else 0
     return TrainState(cfg, list(classes), G, D, G_ema, adam(G, cfg.optim.lr_g), adam(D, cfg.optim.lr_d),
-                      torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device),
+                      torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device), LayoutTerm(len(classes)).to(device),
                       encoder, total, sat=SaturationState(lambda_perceptual=cfg.loss.lambda_perceptual, alpha_max=cfg.gate.alpha_max))
 
 # %% ../nbs/52_train.ipynb #43f4af64
 def pick_device(
     cfg: Config,  # run.device is 'auto' or a torch device
 ) -> torch.device:  # InputError when it is not there
-    "The device of a run."
-    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    "The device of this process."
+    name = device_name(cfg)
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError): raise InputError(f'--run.device {name}: not available on this machine; use cpu') from None
+
+# %% ../nbs/52_train.ipynb #7cff809e
+def pick_amp(
+    cfg: Config,  # run.amp may be 'auto'
+    device: torch.device,  # of the run
+) -> str:  # 'off', 'fp16' or 'bf16'
+    "What `auto` means here: half precision where the processor computes in it."
+    if cfg.run.amp != 'auto': return cfg.run.amp
+    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    has = lambda feature: getattr(torch.cpu, f'_is_{feature}_supported', lambda: False)()
+    return 'bf16' if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile')) else 'off'
+
+# %% ../nbs/52_train.ipynb #d614b495
+def device_name(
+    cfg: Config,  # run.device is 'auto' or a torch device
+) -> str:  # 'cpu', 'cuda', 'cuda:0', …
+    "What `run.device` stands for; of several processes each has a GPU of its own."
+    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    return f'cuda:{local_rank()}' if name.startswith('cuda') and world() > 1 else name
 
 # %% ../nbs/52_train.ipynb #f93e5ef0
 def reseed(
@@ -130,6 +165,25 @@ def reseed(
 ):
     "Every draw of a step follows from (seed, step); EDM2 reseeds from its image counter."
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+
+# %% ../nbs/52_train.ipynb #1d962e1c
+def drawn(
+    s: TrainState,  # read only
+    draw,  # function of a number of images
+    n: int,  # images of this process
+    *args,  # of draw
+    **kw,  # of draw
+):  # this process's rows of what draw gave
+    "Random numbers for the batch of all processes, and of them our part."
+    return mine(draw(n * world(), *args, **kw), 2 if s.cfg.data.pairs else 1)
+
+# %% ../nbs/52_train.ipynb #da3f89c2
+def together(
+    s: TrainState,  # read only
+    x: torch.Tensor,  # (n, …) this process's images or labels
+) -> torch.Tensor:  # (n × world(), …), with an exact gradient
+    "The batch of all processes."
+    return whole(x, 2 if s.cfg.data.pairs else 1)
 
 # %% ../nbs/52_train.ipynb #886fcff1
 class Seen(NamedTuple):
@@ -160,7 +214,7 @@ def see(
 ) -> Seen:
     "Augment and encode, once."
     a = s.cfg.ada
-    aug = ada_augment(x, s.ada.p, None, a.max_rotation, a.max_translation)
+    aug = apply_moves(x, drawn(s, draw_moves, len(x), s.ada.p, None, a.max_rotation, a.max_translation)) if s.ada.p else x
     return Seen(x, aug, s.encoder.encode(aug) if encode else None)
 
 # %% ../nbs/52_train.ipynb #3dfc7c1e
@@ -170,9 +224,13 @@ def draw_fakes(
     encode: bool,  # run the encoder
 ) -> Seen:  # with G's graph, unless under no_grad
     "One pass of G over fresh latents, with style mixing in the class."
-    z = torch.randn(len(y), s.cfg.g.z_dim, device=y.device)
-    z_mix = torch.randn_like(z) if s.cfg.g.use_style_mixing else None
-    with autocast(s): return see(s, s.G(z, y, z_mix).float(), encode)
+    n, g, on = len(y), s.cfg.g, dict(device=y.device)
+    z, z_mix, crossover = drawn(s, torch.randn, n, g.z_dim, **on), None, None
+    if g.use_style_mixing:
+        z_mix = drawn(s, torch.randn, n, g.z_dim, **on)
+        crossover = drawn(s, draw_crossover, n, len(g.sizes), g.style_mix_prob, **on)
+    noise = drawn(s, draw_noise, n, g.sizes, **on)
+    with autocast(s): return see(s, s.G(z, y, z_mix, noise, crossover).float(), encode)
 
 # %% ../nbs/52_train.ipynb #b24bee69
 def autocast(
@@ -210,16 +268,17 @@ def d_step(
         terms = dict(adv=sum(loss_fn(r, f) for r, f in zip(real.logits, fake.logits)))
     if c.drift_eps: terms['drift'] = drift(real.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, reals.aug, y)
+    if r2_due(c, s.step): terms['r2'] = r1_of(s, fakes.aug, y)
     loss, log = weigh(terms, d_weights(c, s.step))
     return descend(s, s.opt_D, loss, {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)))
 
 # %% ../nbs/52_train.ipynb #8a69accc
 def r1_of(
     s: TrainState,  # read only
-    aug: torch.Tensor,  # (N, 3, R, R) augmented reals
+    aug: torch.Tensor,  # (N, 3, R, R) augmented reals; fakes give R2
     y: torch.Tensor,  # (N,)
 ) -> torch.Tensor:  # E‖∇x D(x)‖², with a graph to D
-    "R1 at the reals, without the encoder."
+    "Squared slope of D at these images, without the encoder."
     x = aug.detach().float().requires_grad_()
     return r1_penalty(x, s.D(x, y, 0.0, no_heads=True).r1_logit)
 
@@ -247,9 +306,11 @@ def descend(
     params = [p for group in opt.param_groups for p in group['params']]
     opt.zero_grad(set_to_none=True)
     s.scaler.scale(loss).backward()
+    said = torch.stack([t.detach().float() for t in (loss, *log.values())])
+    average([*(p.grad for p in params if p.grad is not None), said])
     s.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(params, s.cfg.optim.grad_clip)
-    loss_, norm_, *values = torch.stack([t.detach().float() for t in (loss, norm, *log.values())]).tolist()
+    norm_, loss_, *values = torch.cat([norm.detach().float()[None], said]).tolist()
     finite = math.isfinite(loss_) and math.isfinite(norm_)
     if finite: s.scaler.step(opt)
     s.scaler.update()
@@ -257,7 +318,7 @@ def descend(
 
 # %% ../nbs/52_train.ipynb #d438f65f
 def g_step(
-    s: TrainState,  # G and opt_G change
+    s: TrainState,  # G, opt_G and layout change
     x: torch.Tensor,  # (N, 3, R, R) reals in [-1, 1]
     y: torch.Tensor,  # (N,) labels
     reals: Seen | None = None,  # of x, when already looked at
@@ -272,8 +333,10 @@ def g_step(
     try:
         with autocast(s): terms = g_terms(s, y, reals, fakes)
         loss, log = weigh(terms, weights_of_g(s))
-        return descend(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
+        g = descend(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
     finally: s.D.requires_grad_(True)
+    if g.finite and s.cfg.loss.layout_weight: s.layout.update(*(layouts(together(s, t)) for t in (reals.x, fakes.x.detach())), together(s, y))
+    return g
 
 # %% ../nbs/52_train.ipynb #acb9bdcb
 def g_terms(
@@ -284,17 +347,19 @@ def g_terms(
 ) -> dict:  # name -> unweighted 0-d term, for the weights that are not 0
     "Every term of G's objective."
     w, c = weights_of_g(s), s.cfg.loss
+    batch = together(s, fakes.x)  # for the terms that are no mean over images
     fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
     with torch.no_grad(): real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     loss_fn = g_adversarial(c)
     terms = dict(adv=sum(loss_fn(f, r) for f, r in zip(fake.logits, real.logits)))
-    if w['stats']: terms['stats'] = s.stats.penalty(fakes.x)
+    if w['stats']: terms['stats'] = s.stats.penalty(batch)
     if w['perceptual']: terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
-    if w['saturation']: terms['saturation'] = saturation(fakes.x, c.saturation_limit)
+    if w['saturation']: terms['saturation'] = saturation(batch, c.saturation_limit)
     if w['feature_matching']: terms['feature_matching'] = feature_matching(fake.feat, real.feat)
-    if w['mixing']: terms['mixing'] = mixing_reg(fakes.x, c.mixing_target)
+    if w['mixing']: terms['mixing'] = mixing_reg(batch, c.mixing_target)
     if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
+    if w['layout']: terms['layout'] = s.layout.penalty(layouts(fakes.x), y)
     return terms
 
 # %% ../nbs/52_train.ipynb #d6a239b2
@@ -320,7 +385,7 @@ def pixel_stats(
 ) -> dict:  # name -> 0-d tensor
     "Mean and range after the clamp, and what the saturation guard reads."
     limit, out = s.cfg.g.clamp if s.cfg.g.output_clamp != 'none' else 1.0, {}
-    for name, x in dict(real=x_real, fake=x_fake.detach()).items():
+    for name, x in dict(real=together(s, x_real), fake=together(s, x_fake.detach())).items():
         c = x.clamp(-limit, limit)
         out |= {f'{name}_mu': c.mean(), f'{name}_min': c.amin(), f'{name}_max': c.amax(), f'{name}_mean_abs': x.abs().mean()}
     return out
@@ -334,8 +399,8 @@ def after_d(
 ):
     "Moments of the reals, distances of their pairs, ADA."
     if not d.finite: return
-    s.stats.update(reals.x)
-    if s.cfg.loss.pair_weight: s.pair.update(distances(reals), y)
+    s.stats.update(together(s, reals.x))
+    if s.cfg.loss.pair_weight: s.pair.update(whole(distances(reals)), together(s, y))
     s.ada = ada_update(s.cfg.ada, s.ada, d.log['acc'], s.step)
 
 # %% ../nbs/52_train.ipynb #40b9c0c2
@@ -379,7 +444,7 @@ def train_step(
     y: torch.Tensor,  # (N,) labels
 ) -> tuple[dict, list]:  # row of metrics_gan.csv; verdicts
     "One D step, one G step, the guards."
-    s.step, s.n_img = s.step + 1, s.n_img + len(y)
+    s.step, s.n_img = s.step + 1, s.n_img + len(y) * world()
     reseed(s.cfg.run.seed, s.step)
     lrs, share = set_lr(s), s.cfg.run.share_fakes
     x, y = prepare_batch(s, x, y)
@@ -399,12 +464,12 @@ def prepare_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 in [-1, 1], labels; on the device
     "To the device as bytes, to floats there."
     x, y = x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True)
-    x = to_float(d4(x) if s.cfg.run.d4 else x)
+    x = to_float(d4(x, moves=drawn(s, draw_d4, len(x))) if s.cfg.run.d4 else x)
     return (x.contiguous(memory_format=torch.channels_last) if s.cfg.run.channels_last else x), y
 
 # %% ../nbs/52_train.ipynb #e92ff202
 RECIPE_COLUMNS = ('epoch', 'step', 'd_loss', 'g_loss', 'real_mu', 'real_min', 'real_max', 'fake_mu', 'fake_min', 'fake_max', 'ada_p', 'acc', 'acc_ema', 'alpha')
-TERM_NAMES = ('d_adv', 'd_r1', 'd_drift', 'g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing', 'g_pair')
+TERM_NAMES = ('d_adv', 'd_r1', 'd_r2', 'd_drift', 'g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing', 'g_pair', 'g_layout')
 COLUMNS = (*RECIPE_COLUMNS, 'n_img', 'lr_g', 'lr_d', 'd_grad_norm', 'g_grad_norm', 'real_mean_abs', 'fake_mean_abs', 'gate_on', 'alpha_max',
            'lambda_perceptual', 'nonfinite_run', 'nonfinite_total', *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
 
@@ -434,6 +499,7 @@ class RunLog:
         cut_after(self.events, lambda line: json.loads(line)['step'] <= step)
         self.files = [open(p, 'a', newline='') for p in (self.csv, self.events)]
         self.writer = csv.DictWriter(self.files[0], COLUMNS, restval='', lineterminator='\n')
+        self.started, self.looked = time.monotonic(), 0.0  # seconds of this process, and of them spent on judging
 
     def row(self,
         values: dict,  # keys of COLUMNS; missing ones stay empty
@@ -453,6 +519,20 @@ class RunLog:
             f.flush()
             os.fsync(f.fileno())
 
+# %% ../nbs/52_train.ipynb #92b83dc7
+@patch
+@contextlib.contextmanager
+def looking(self: RunLog):
+    "Count the time of a block as time spent on judging."
+    began = time.monotonic()
+    yield
+    self.looked += time.monotonic() - began
+
+@patch(as_prop=True)
+def share(self: RunLog) -> float:
+    "Judging's share of the time since the log was opened; [0, 1]."
+    return self.looked / max(time.monotonic() - self.started, 1e-9)
+
 # %% ../nbs/52_train.ipynb #6262c76c
 def cut_after(
     path: Path,  # text file, one record per line
@@ -462,9 +542,7 @@ def cut_after(
     "Drop records written after the checkpoint, and a torn last line."
     lines = path.read_text().split('\n')[:-1] if path.exists() else []
     body = [l for l in (lines[1:] if header else lines) if keep(l)]
-    temp = path.with_suffix('.tmp')
-    temp.write_text(''.join(l + '\n' for l in ([header] if header else []) + body))
-    os.replace(temp, path)
+    atomic_write(path, lambda f: f.write(''.join(l + '\n' for l in ([header] if header else []) + body).encode()))
 
 # %% ../nbs/52_train.ipynb #fb2d6ffe
 @torch.no_grad()
@@ -498,17 +576,6 @@ def grid_image(
     for i, c in enumerate(classes): draw.text((4, i * R + R // 2), c, fill='black', font=font, anchor='lm')
     return page
 
-# %% ../nbs/52_train.ipynb #27220983
-def frechet(
-    a: np.ndarray,  # (N, d) features
-    b: np.ndarray,  # (M, d) features
-) -> float:  # ≥ 0; units of the features squared
-    "Fréchet distance of two Gaussians fitted to features."
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov = [np.cov(f, rowvar=False).reshape(f.shape[1], -1) for f in (a, b)]
-    ev = scipy.linalg.eigvals(cov[0] @ cov[1])  # eigenvalues are ≥ 0 up to rounding
-    return float(((a.mean(0) - b.mean(0))**2).sum() + np.trace(cov[0] + cov[1]) - 2 * np.sqrt(ev.real.clip(min=0)).sum())
-
 # %% ../nbs/52_train.ipynb #fb2d6ffe-2
 @torch.no_grad()
 def evaluate(
@@ -526,23 +593,50 @@ def evaluate(
     fake = [judge(x).cpu() for x in sample(s.G_ema, y, seed=s.cfg.run.seed).split(64)]
     return frechet(torch.cat(real).numpy(), torch.cat(fake).numpy())
 
+# %% ../nbs/52_train.ipynb #e664cdb5
+@torch.no_grad()
+def look(
+    s: TrainState,  # read only
+) -> Quality:
+    "The judge's figures for as many samples as it has reals."
+    y = s.judge.reals[0][1]
+    return quality(s.judge, (sample(s.G_ema, y, seed=s.cfg.run.seed).cpu(), y), s.judge.reals)
+
+# %% ../nbs/52_train.ipynb #c6e75a13
+def is_best(
+    s: TrainState,  # best or gates change
+    data,  # what `open_data` gave
+    log: RunLog,  # events go there
+) -> dict | None:  # what the card shall say; None = an earlier one was better
+    "Score the averaged generator."
+    kind = s.cfg.run.best_metric
+    if kind == 'gates' and s.judge is not None:
+        q = look(s)
+        s.gates, v = gates_update(s.cfg.gates, s.gates, (s.step, q))
+        log.event(step=s.step, guard='gates', value=v.value, threshold=v.threshold, action=v.action or 'scored', score=v.score, quality=asdict(q))
+        return dict(metric='gates', value=v.score, quality=asdict(q)) if s.gates.best_step == s.step else None
+    if kind == 'none' or len(data.dataset('val')) < 2: return dict(metric='newest', value=None)
+    value = evaluate(s, data.loader_real_eval)
+    if not value < s.best: return None
+    s.best = value
+    return dict(metric='fd-random', value=value)
+
 # %% ../nbs/52_train.ipynb #d2b8a5ac
 def save(
-    s: TrainState,  # best may change
+    s: TrainState,  # best and gates may change
     folder: Path,  # of the run
     data,  # what `open_data` gave
     log: RunLog,  # flushed
+    judge: bool = True,  # look whether this is the best model so far
 ) -> Path:  # the checkpoint
     "Best model, log, checkpoint, retention."
-    scored = s.cfg.run.best_metric == 'fd' and len(data.dataset('val')) > 1  # else the newest is the best
-    value = evaluate(s, data.loader_real_eval) if scored else None
-    if not scored or value < s.best:
-        s.best = value if scored else s.best
-        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, metric='fd-random' if scored else 'newest', value=value, preset=s.cfg.preset)
+    with log.looking(): facts = is_best(s, data, log) if judge else None
+    if facts is not None:
+        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, preset=s.cfg.preset, **facts)
         save_checkpoint(folder / 'checkpoints' / 'cgan_best_model.pt', dict(card=card, G_ema=s.G_ema.state_dict()))
     log.flush()
     path = save_checkpoint(checkpoint_path(folder, s.step), state_dict(s) | dict(sampler=data.sampler.state_dict()))
-    prune(folder, s.cfg.run.keep)
+    prune(folder, s.cfg.run.keep, s.cfg.run.keep_every * s.cfg.run.save_every)
     return path
 
 # %% ../nbs/52_train.ipynb #577aa718
@@ -552,15 +646,36 @@ def open_run(
 ) -> tuple:  # TrainState, data, folder
     "Data, encoder, networks; resumed state if asked."
     folder = Path(cfg.out)
-    if not resume: claim(folder)
+    if not resume: on_first(claim, folder)
     if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
-    data_cfg = replace(cfg.data, root=phantom_root(cfg), group_regex=cfg.data.group_regex or r'-(s\d+)-') if cfg.data.root == 'phantom' else cfg.data
-    data = open_data(data_cfg, manifest=load_manifest(folder / 'artifacts' / 'manifest.csv') if resume else None)
-    encoder = load_encoder(cfg.encoder, num_classes=len(data.classes), data=data, cache_dir=folder.parent / 'cache', size=cfg.data.image_size)
+    check_share(cfg)
+    data_cfg = replace(cfg.data, root=in_turn(phantom_root, cfg), group_regex=cfg.data.group_regex or r'-(s\d+)-') if cfg.data.root == 'phantom' else cfg.data
+    manifest = load_manifest(folder / 'artifacts' / 'manifest.csv') if resume else None
+    data = in_turn(open_data, data_cfg, manifest, progress=rank() == 0, rank=rank(), world=world())
+    encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes), data=data, cache_dir=folder.parent / 'cache', size=cfg.data.image_size)
     s = build(cfg, data.classes, encoder and encoder.to(pick_device(cfg)), total_steps(cfg, data))
     if resume: resume_state(s, folder, data)
-    else: start_folder(s, folder, data)
+    else: on_first(start_folder, s, folder, data)
+    from_first([t for m in (s.G, s.D, s.G_ema) for t in m.state_dict().values()])
     return s, data, folder
+
+# %% ../nbs/52_train.ipynb #fe205340
+def open_judge(
+    s: TrainState,  # read only
+    data,  # what `open_data` gave
+    folder: Path,  # of the run
+):  # a `Judge` in the first process, where gates choose the best model; else None
+    "Train the judge of the checkpoints, or take it from the cache."
+    if rank() or s.cfg.run.best_metric != 'gates' or s.step >= s.total: return None
+    return judge_for(data, folder.parent / 'cache', str(s.device))
+
+# %% ../nbs/52_train.ipynb #40ea3e9e
+def check_share(
+    cfg: Config,  # as parsed
+):
+    "The batch can be dealt to the processes."
+    unit = world() * (2 if cfg.data.pairs else 1)
+    if cfg.data.batch_size % unit: raise InputError(f'--data.batch-size {cfg.data.batch_size}: cannot be shared by {world()} processes{" in pairs" if cfg.data.pairs else ""}; take a multiple of {unit}')
 
 # %% ../nbs/52_train.ipynb #3d5e906a
 def claim(
@@ -585,9 +700,9 @@ def total_steps(
     data,  # what `open_data` gave
 ) -> int:  # D steps of the whole run
     "Steps asked for, or epochs of the balanced sampler."
-    per_epoch = max(len(data.sampler) // cfg.data.batch_size, 1)
+    per_epoch = max(len(data.sampler) * world() // cfg.data.batch_size, 1)
     total, guess = cfg.run.steps or cfg.run.epochs * per_epoch, cfg.optim.total_steps_estimate
-    if guess and cfg.optim.schedule != 'constant' and steps_differ(guess, total):
+    if rank() == 0 and guess and cfg.optim.schedule != 'constant' and steps_differ(guess, total):
         warn_line(f'optim.total_steps_estimate is {guess}, the run has {total} steps: the learning rate reaches its floor at step {guess}; 0 takes the true number')
     return total
 
@@ -609,14 +724,39 @@ def resume_state(
     data,  # its sampler is put back in place
 ) -> TrainState:
     "Load the newest checkpoint of a run that is whole."
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try: saved = load_checkpoint(path, map_location=s.device)
         except InputError as e: warn_line(f'{e}; going back to the one before')
         else:
             load_state_dict(s, saved)
-            data.sampler.load_state_dict(saved['sampler'])
-            return s
+            restore_sampler(data.sampler, saved)
+            break
+    else:
+        if found: raise InputError(f'{folder}: none of its {len(found)} checkpoints can be read; put a copy of one there, or choose another --out')
+    if len(set(gather(s.step))) > 1: raise InputError(f'{folder}: the processes read different checkpoints; is the folder shared by all machines?')
     return s  # stopped before its first checkpoint: from the start
+
+# %% ../nbs/52_train.ipynb #61015db7
+def restore_sampler(
+    sampler,  # of the run's data
+    saved: dict,  # checkpoint
+):
+    "Put the sampler back in its place."
+    try: sampler.load_state_dict(saved['sampler'])
+    except InputError as e: raise InputError(f'checkpoint: {e}') from None
+    except (KeyError, TypeError, ValueError) as e: raise InputError(f'checkpoint: its place in the data does not fit this run ({e})') from None
+
+# %% ../nbs/52_train.ipynb #6e37a244
+def note_changes(
+    s: TrainState,  # resumed
+    folder: Path,  # of the run
+    log,  # RunLog
+):
+    "What `--allow-change` let in is written down, and holds for the next resume too."
+    was = load_config(folder)
+    for name in differing(replace(was, out=s.cfg.out), s.cfg): log.event(step=s.step, guard='config', value=None, threshold=None, action=f'changed {name}')
+    save_config(s.cfg, folder / 'config.json')
 
 # %% ../nbs/52_train.ipynb #0ace39b6
 @contextlib.contextmanager
@@ -626,9 +766,14 @@ def locked(
     "Hold a run's folder for this process."
     folder = Path(folder)
     claimable(folder)
-    with open(folder / '.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f'--out {folder}: another process is training into it; wait for it or choose another --out') from None
+    with open(folder / '.lock', 'a+') as f:
+        try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            f.seek(0)
+            raise InputError(f'--out {folder}: another process ({f.read()}) is training into it; wait for it or choose another --out') from None
+        f.truncate(0)
+        f.write(f'{os.getpid()} on {socket.gethostname()}')
+        f.flush()
         yield
 
 # %% ../nbs/52_train.ipynb #8ece3cfd
@@ -656,10 +801,12 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def catch_signals():
     "Yield a list that fills when SIGINT or SIGTERM arrives; a second one acts at once."
-    heard, old = [], {}
+    heard, old, launched = [], {}, 'TORCHELASTIC_RUN_ID' in os.environ
     def note(number, frame):
-        heard.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        if heard and time.monotonic() - heard[0] > 1: os._exit(130)
+        heard.append(time.monotonic())
+        if not launched:
+            for k in old: signal.signal(k, signal.SIG_DFL)
     try:
         for number in (signal.SIGINT, signal.SIGTERM): old[number] = signal.signal(number, note)
     except ValueError: pass  # not the main thread: signals stay as they are
@@ -684,7 +831,9 @@ def train(
     resume: bool = False,  # go on with the run in cfg.out
 ) -> TrainState:  # Stopped(130 or 3) after saving; InputError before the first step
     "Train from the first step, or from the last checkpoint, to the end."
-    with locked(cfg.out): return train_locked(cfg, resume)
+    with processes(device_name(cfg)), contextlib.ExitStack() as held:
+        on_first(held.enter_context, locked(cfg.out))
+        return train_locked(cfg, resume)
 
 # %% ../nbs/52_train.ipynb #6404e2ac
 def train_locked(
@@ -693,25 +842,52 @@ def train_locked(
 ) -> TrainState:  # as `train`
     "The loop itself."
     s, data, folder = open_run(cfg, resume)
-    print(opening_line(s, data, folder), flush=True)
-    log, steps = RunLog(folder, s.step), batches(data)
-    bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05, disable=None)
-    deadline = time.monotonic() + (s.cfg.run.max_hours or math.inf) * 3600
+    s.judge = open_judge(s, data, folder)
+    log, steps, r = open_log(s, folder, data), batches(data), s.cfg.run
+    bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05, disable=None if log else True)
+    deadline = time.monotonic() + (r.max_hours or math.inf) * 3600
     with catch_signals() as heard, bar:
         while s.step < s.total:
             x, y, epoch = next(steps)
             row, verdicts = train_step(s, x, y)
-            log.row(row | dict(epoch=epoch))
-            record_events(log, s, verdicts)
-            tick(bar, s, row)
+            if log: note_down(log, bar, s, row | dict(epoch=epoch), verdicts)
             if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
-            leave = bool(heard) or time.monotonic() > deadline
-            last = s.step == s.total or leave
-            if last or s.step % s.cfg.run.sample_every == 0: draw_grid(s, folder)
-            due = s.step % s.cfg.run.save_every == 0 and not s.nonfinite.run  # a checkpoint is a good one
-            if last or due: save(s, folder, data, log)
-            if leave and s.step < s.total: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
-    return finish(s, folder)
+            leave, last = any_rank(bool(heard) or time.monotonic() > deadline), s.step == s.total
+            due = s.step % r.save_every == 0 and not s.nonfinite.run  # a checkpoint is a good one
+            if last or s.step % r.sample_every == 0: on_first(draw_grid, s, folder)
+            if last or due or leave: on_first(save, s, folder, data, log, judge=last or due)
+            if leave and not last: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
+    if log: finish(s, folder, log)
+    return s
+
+# %% ../nbs/52_train.ipynb #2f023963
+def open_log(
+    s: TrainState,  # at its first step
+    folder: Path,  # of the run
+    data,  # what `open_data` gave
+):  # RunLog in the first process, which writes; None in the others
+    "Cut the log off behind the checkpoint, and say what begins."
+    opened = []
+    def begin():
+        for torn in (folder / 'checkpoints').glob('.*.tmp'): torn.unlink()  # of a process killed while it saved
+        opened.append(RunLog(folder, s.step))
+        note_changes(s, folder, opened[0])
+        print(opening_line(s, data, folder), flush=True)
+    on_first(begin)
+    return opened[0] if opened else None
+
+# %% ../nbs/52_train.ipynb #2fd61371
+def note_down(
+    log,  # RunLog
+    bar,  # tqdm
+    s: TrainState,  # after the step
+    row: dict,  # of the CSV
+    verdicts: list,  # of this step
+):
+    "A step's row, its guards' actions, and the bar."
+    log.row(row)
+    record_events(log, s, verdicts)
+    tick(bar, s, row)
 
 # %% ../nbs/52_train.ipynb #2bdfc511
 def opening_line(
@@ -722,6 +898,7 @@ def opening_line(
     "What is about to happen, in one line; louder when something will not."
     n = {k: sum(p.numel() for p in getattr(s, k).parameters()) / 1e6 for k in ('G', 'D')}
     line = f'{s.cfg.preset}: {len(data.classes)} classes, {len(data.dataset("train"))} training patches, {s.cfg.data.image_size} px, G {n["G"]:.2f} M, D {n["D"]:.2f} M, steps {s.step} to {s.total} on {s.device}, into {folder}'
+    if world() > 1: line += f', {world()} processes'
     if s.encoder is None and s.cfg.preset == 'poc': line += '\n' + why_no_encoder()
     load = os.getloadavg()[0]
     if load > (os.cpu_count() or 1): line += f'\nnote: the machine is busy (load {load:.1f} on {os.cpu_count()} cores); steps will take longer'
@@ -754,10 +931,10 @@ def record_events(
 def stop_by_guard(
     s: TrainState,  # after the step
     folder: Path,  # of the run
-    log: RunLog,  # flushed
+    log: RunLog | None,  # flushed; None where another process writes
 ):
     "Raise Stopped(3) and name the last good checkpoint."
-    log.flush()
+    if log: log.flush()
     found = checkpoints(folder)
     good = found[-1] if found else 'none was saved yet'
     raise Stopped(3, f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}; last good checkpoint: {good}')
@@ -771,18 +948,20 @@ def draw_grid(
     "Samples of the averaged generator: one row per class."
     y = torch.arange(len(s.classes)).repeat_interleave(k)
     path = folder / 'samples' / f'step_{s.step:06d}.png'
-    grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes).save(path)
-    return path
+    image = grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes)
+    return atomic_write(path, lambda f: image.save(f, 'PNG'))
 
 # %% ../nbs/52_train.ipynb #cffcec7a
 def finish(
     s: TrainState,  # at its last step
     folder: Path,  # of the run
+    log: RunLog,  # knows what judging took
 ) -> TrainState:  # `s`
     "Export the averaged generator, draw the curves, say where everything is."
     export_generator(folder / 'artifacts' / 'generator', s.G_ema, s.classes, step=s.step, n_img=s.n_img, preset=s.cfg.preset)
     plot_curves(folder)
-    print(f'done: {s.step} steps, {s.n_img} images, best metric {s.best:.4g}; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
+    best = f'best score {s.gates.best:.3g} at step {s.gates.best_step}' if s.gates.best_step else f'best metric {s.best:.4g}'
+    print(f'done: {s.step} steps, {s.n_img} images, {best}, judging took {log.share:.1%} of the time; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
     return s
 
 # %% ../nbs/52_train.ipynb #d941f14b
@@ -816,10 +995,10 @@ def mark_events(
     path: Path,  # events.jsonl
 ):
     "One thin line per guard event, coloured by guard."
-    colours = dict(gate='tab:green', saturation='tab:red', nonfinite='black')
+    colours = dict(gate='tab:green', saturation='tab:red', nonfinite='black', gates='tab:orange')
     for line in path.read_text().splitlines() if path.exists() else []:
         e = json.loads(line)
-        ax.axvline(e['step'], color=colours.get(e['guard'], 'tab:purple'), lw=0.6, alpha=0.6)
+        if e['action'] != 'scored': ax.axvline(e['step'], color=colours.get(e['guard'], 'tab:purple'), lw=0.6, alpha=0.6)
 
 # %% ../nbs/52_train.ipynb #0540f9e1
 def dry_run(
@@ -827,14 +1006,14 @@ def dry_run(
     n: int = 4,  # timed steps after one untimed
 ) -> dict:  # parameters, memory in MB, seconds per step, hours
     "Time a few steps and say what the whole run would take."
-    with tempfile.TemporaryDirectory() as d:
-        s, data, _ = open_run(replace(cfg, out=str(Path(d, 'run'))))
+    with tempfile.TemporaryDirectory() as d, processes(device_name(cfg)):
+        s, data, _ = open_run(replace(cfg, out=str(Path(on_first(lambda: d), 'run'))))
         steps = batches(data)
         train_step(s, *next(steps)[:2])
         started = time.perf_counter()
         for _ in range(n): train_step(s, *next(steps)[:2])
         if s.device.type == 'cuda': torch.cuda.synchronize()
-        each = (time.perf_counter() - started) / n
+        each = max(gather((time.perf_counter() - started) / n))
     memory = torch.cuda.max_memory_allocated() / 2**20 if s.device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(G_parameters=count(s.G), D_parameters=count(s.D), patches=len(data.dataset('train')), classes=len(data.classes), steps=s.total, memory_mb=round(memory),
@@ -843,7 +1022,7 @@ def dry_run(
 # %% ../nbs/52_train.ipynb #93b60ff3
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
-) -> int:  # 0 done, 2 bad input, 3 stopped by a guard, 130 interrupted
+) -> int:  # 0 done, 1 a process was lost, 2 bad input, 3 stopped by a guard, 130 interrupted
     "`python -m histogan.train`."
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
@@ -851,16 +1030,24 @@ def main(
             for k, v in dry_run(args.config).items(): print(f'{k}: {v}')
         else: train(args.config, resume=bool(args.resume))
         return 0
-    except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 2
-    except Stopped as e:
-        print(f'stopped: {e}', file=sys.stderr)
-        return e.code
+    except Elsewhere: return 2  # the first process has said why
+    except InputError as e: return say(2, f'error: {e}')
+    except Stopped as e: return say(e.code, f'stopped: {e}')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        print(f'error: {e.filename or "the run folder"}: the disk is full; free some space and go on with --resume', file=sys.stderr)
-        return 2
+        return say(2, f'error: {e.filename or "the run folder"}: the disk is full; free some space and go on with --resume')
+    except RuntimeError as e:
+        if not lost_peer(e): raise
+        return say(1, 'stopped: another process of this run has ended; go on with --resume')
+
+# %% ../nbs/52_train.ipynb #605cc018
+def say(
+    code: int,  # exit code
+    text: str,  # one line for the user
+) -> int:  # the code
+    "Last words of a process; of several, each says which it is."
+    print(f'[process {rank()}] {text}' if rank() else text, file=sys.stderr)
+    return code
 
 # %% ../nbs/52_train.ipynb #d61d3275
 #| eval: false
