@@ -1,0 +1,104 @@
+"""Preparing and reading a store, measured: `python tests/bench_prepare.py [speed] [read] [copies] [memory]` (all four without a word).
+
+speed   patches of 224 px per second through quality and Vahadane, by the clock and by the processor
+read    patches per second out of a store and out of the folders it was made of, in the same batches, at 256 px
+copies  5,000 phantom patches, and planted copies of 500 of them: which share ends in one unit, how many pairs are false
+memory  largest resident set of the process and of its largest worker, for growing numbers of patches
+
+Phantom patches are drawn once into a folder that is kept (`--cache`, default: below the system's folder for temporary files).
+"""
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before numpy and SPAMS are loaded
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from histogan.data import CLASSES, FLAT, HistoDataset, StoreImages, _thumbnail, families, load_store, near_duplicates, orient, scan, unshaded
+from histogan.phantom import make_phantom, render
+
+def prepared(root, out, *options):
+    "A store made in a process of its own: seconds by the clock, seconds of processor, largest resident sets (MiB) of it and of its children."
+    shutil.rmtree(out, ignore_errors=True)
+    script = ("import resource, sys; from histogan.prepare import main; rc = main(sys.argv[1:]); r = resource.getrusage\n"
+              "a, b = r(resource.RUSAGE_SELF), r(resource.RUSAGE_CHILDREN)\n"
+              "print(a.ru_maxrss / 1024, b.ru_maxrss / 1024); sys.exit(rc)")
+    began, before = time.perf_counter(), os.times()
+    done = subprocess.run([sys.executable, '-c', script, str(root), '--out', str(out), *options], capture_output=True, text=True)
+    if done.returncode: sys.exit(done.stderr)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - began, cpu, *map(float, done.stdout.split()[-2:])
+
+def patches(cache, per_class, size):
+    "A folder of phantom patches, drawn if it is not there."
+    return make_phantom(Path(cache, f'phantom-{per_class}-{size}'), per_class, size, seed=5, workers=os.cpu_count() or 1)
+
+def speed(cache):
+    root, out = patches(cache, 100, 224), Path(cache, 'speed')
+    few = Path(cache, 'few'); shutil.rmtree(few, ignore_errors=True)
+    for f in scan(root).groupby('label').path.first(): (few/Path(f).parent.name).mkdir(parents=True); shutil.copy(f, few/Path(f).parent.name)
+    for workers in ('1', '2'):
+        options = ('--workers', workers, '--val-frac', '0', '--test-frac', '0', '--quality.thresholds', 'none')
+        wall, cpu, *_ = prepared(root, out, *options)
+        start, start_cpu, *_ = prepared(few, Path(cache, 'start'), *options)  # imports and choice of the target, paid once
+        n = 900 - 9
+        print(f'speed: 900 patches of 224 px, quality, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
+              f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
+              + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + f' (load {os.getloadavg()[0]:.1f})')
+
+def read(cache, batch=64, batches=20):
+    "The same batches out of the store and out of the folders."
+    root, out = patches(cache, 100, 224), Path(cache, 'speed')
+    if not out.exists(): prepared(root, out, '--workers', '2')
+    store = load_store(out); df, classes = store.manifest, store.card['classes']
+    rng, rates = np.random.default_rng(0), {}
+    order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
+    for name, images in (('store', StoreImages(out, df.store_row, 256)), ('folders', None)):
+        data = HistoDataset(df, classes, 256, images); data[order[0]]
+        began = time.perf_counter()
+        for k in order: data[k]
+        rates[name] = batch * batches / (time.perf_counter() - began)
+    print(f"read: store {rates['store']:,.0f} patches/s, folders {rates['folders']:,.0f} patches/s, ratio {rates['store'] / rates['folders']:.0f}, 256 px, batches of {batch}, one process")
+
+def jpeg(img, quality=90):
+    out = io.BytesIO(); Image.fromarray(img).save(out, 'JPEG', quality=quality); return np.array(Image.open(out))
+
+def copies(cache, n=5000, planted=500):
+    "Recall of each kind of copy, and pairs that are none."
+    images = np.stack([render(list(CLASSES)[k % 9], 10_000 + k, 64) for k in range(n)])
+    thumbs = np.stack([_thumbnail(x) for x in images]); busy = unshaded(thumbs).std(1) >= FLAT
+    pick = np.random.default_rng(0).choice(np.flatnonzero(busy), planted, replace=False)
+    kinds = {'exact copy': lambda x: x, 'JPEG 90': jpeg, 'flip': lambda x: x[:, ::-1], 'quarter turn': lambda x: np.rot90(x),
+             'flip, quarter turn and JPEG 90': lambda x: jpeg(np.ascontiguousarray(np.rot90(x[:, ::-1])))}
+    for name, f in kinds.items():
+        more = np.stack([_thumbnail(np.ascontiguousarray(f(images[k]))) for k in pick])
+        sha = [str(k) for k in range(n)] + [str(k) if name == 'exact copy' else f'{name} {k}' for k in pick]
+        unit = families(pd.DataFrame(dict(sha256=sha)), np.concatenate([thumbs, more]))
+        print(f'copies: {name}: {np.mean(unit[n:] == unit[pick]):.2%} of {planted} in one unit with their original')
+    began = time.perf_counter(); pairs = near_duplicates(thumbs)
+    print(f'copies: {len(pairs)} false pairs among {n} patches ({len(pairs) / n:.3%}; {time.perf_counter() - began:.1f} s); {n - busy.sum()} patches of empty glass are tied only when equal')
+
+def memory(cache):
+    for per_class, size, options in ((100, 224, ()), (400, 224, ()), (400, 16, ('--image-size', '16', '--stain.method', 'none')), (4000, 16, ('--image-size', '16', '--stain.method', 'none'))):
+        root = patches(cache, per_class, size)
+        _, _, own, child = prepared(root, Path(cache, 'memory'), '--workers', '2', *options)
+        print(f'memory: {9 * per_class:6,} patches of {size} px: {own:.0f} MiB in the first process, {child:.0f} MiB in the largest worker')
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('what', nargs='*', default=[]); p.add_argument('--cache', default=str(Path(tempfile.gettempdir(), 'histogan-bench-prepare')))
+    a = p.parse_args(); Path(a.cache).mkdir(parents=True, exist_ok=True)
+    for f in (speed, read, copies, memory):
+        if not a.what or f.__name__ in a.what: f(a.cache)
+
+if __name__ == '__main__': main()

@@ -1,0 +1,285 @@
+"Preparing a store in real processes: kills, full disks, several processes, planted copies, real patches, training on it, the audit in a browser."
+import errno, json, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import histogan.prepare as P
+from conftest import ROOT, Run, run_cli
+from histogan.data import HistoDataset, InputError, StoreImages, is_store, load_store, read_rgb, scan, verify_store
+from histogan.phantom import make_phantom, render
+
+SMALL = ('--image-size', '48', '--workers', '2')
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1'}
+
+def start(*args, **env): return subprocess.Popen([sys.executable, '-m', 'histogan.prepare', *map(str, args)], env=ENV | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def same(a, b):
+    "Are two stores equal to the byte? Pages and locks left out."
+    names = sorted(p.name for p in a.iterdir() if p.suffix == '.npy' or p.suffix == '.csv' or p.name == 'prepare.json')
+    return len(names) == 4 and names == sorted(p.name for p in b.iterdir()) and all((a/n).read_bytes() == (b/n).read_bytes() for n in names)
+
+def quiet(root, out, **kw): return P.prepare(P.PrepareConfig(str(root), out=str(out), **({'workers': 1} | kw)), progress=False)
+
+def refused(done, *words):
+    "Exit code 2 and one line that holds every word."
+    lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
+    assert done.rc == 2 and len(lines) == 1 and 'Traceback' not in done.err, done.err
+    for w in words: assert w in lines[0], lines[0]
+
+@pytest.fixture(scope='module')
+def patches(tmp_path_factory): return make_phantom(tmp_path_factory.mktemp('patches')/'phantom', 90, 48, seed=3)
+
+@pytest.fixture(scope='module')
+def whole(patches, tmp_path_factory):
+    "The undisturbed store."
+    out = tmp_path_factory.mktemp('whole')/'store'
+    p = start(patches, '--out', out, *SMALL); said, err = p.communicate(timeout=120)
+    assert p.returncode == 0, err
+    assert '810 of 810 patches kept' in said and err == '', err
+    return out
+
+# ---- killed
+
+def children(pid):
+    "Every process below one."
+    found = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try: parent = int(stat.read_text().rsplit(')', 1)[1].split()[1])
+        except (OSError, IndexError): continue
+        if parent == pid: found += [int(stat.parent.name), *children(int(stat.parent.name))]
+    return found
+
+def gone(pids, seconds=10):
+    "Have all of them ended?"
+    end = time.monotonic() + seconds
+    alive = lambda p: Path(f'/proc/{p}').exists() and Path(f'/proc/{p}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    while any(alive(p) for p in pids) and time.monotonic() < end: time.sleep(.1)
+    return not any(alive(p) for p in pids)
+
+def records(out): return len(list(out.glob('.part/done/*.npz')))
+
+def test_killed_at_ten_random_moments_the_store_is_the_same(patches, whole, tmp_path):
+    rng, out, kills, states = random.Random(0), tmp_path/'store', 0, []
+    while kills < 10:
+        goal, p = rng.randint(records(out), min(records(out) + 5, 13)), start(patches, '--out', out, *SMALL)
+        while records(out) < goal and p.poll() is None: time.sleep(.01)
+        time.sleep(rng.uniform(0, .2)); below = children(p.pid)  # between two records, while tables are written, after the end
+        p.send_signal(signal.SIGKILL); p.communicate()
+        if p.returncode == 0: assert same(whole, out); shutil.rmtree(out); continue  # it was done before the kill
+        kills += 1; states.append(records(out))
+        assert gone(below), 'workers outlived their parent'
+        if is_store(out): assert verify_store(out) == []
+        if states[-1] == 13 and len(states) % 3: shutil.rmtree(out)  # all but the end was done
+    p = start(patches, '--out', out, *SMALL); p.communicate()
+    assert p.returncode == 0 and same(whole, out)
+    assert len(set(states)) > 3, states  # the moments differed
+
+def test_killed_after_every_write_the_store_is_the_same(patches, tmp_path, monkeypatch):
+    "In this process: every rename and every wait for the disk fails once, in turn."
+    few = tmp_path/'few'
+    for f in scan(patches).groupby('label').path.nth([0, 1, 2]): (few/Path(f).parent.name).mkdir(parents=True, exist_ok=True); shutil.copy(f, few/Path(f).parent.name)
+    plain = dict(image_size=32, stain=P.StainOptions(method='none'))
+    store, real, n = quiet(few, tmp_path/'store', **plain), dict(fsync=os.fsync, replace=os.replace), 0
+    while True:
+        left = [n]
+        def failing(name):
+            def f(*a):
+                left[0] -= 1
+                if left[0] < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real[name](*a)
+            return f
+        for name in real: monkeypatch.setattr(P.os, name, failing(name))
+        out = tmp_path/f'cut{n}'
+        try: quiet(few, out, **plain); break
+        except InputError as e: assert 'the disk is full; free some space and run the same command again' in str(e) and '\n' not in str(e)
+        finally: monkeypatch.undo()
+        if is_store(out): assert not load_store(out).manifest.empty and verify_store(out) == []
+        assert same(store, quiet(few, out, **plain))
+        n += 1
+    assert n > 15, n
+
+def test_a_dead_worker_and_an_interruption_are_one_line(patches, whole, tmp_path):
+    p = start(patches, '--out', tmp_path/'a', *SMALL)
+    while not list((tmp_path/'a').glob('.part/done/*.npz')): time.sleep(.02); assert p.poll() is None
+    for pid in children(p.pid):
+        if b'multiprocessing.forkserver' in (c := Path(f'/proc/{pid}/cmdline').read_bytes()) and children(pid) == []: os.kill(pid, signal.SIGKILL)
+    refused(Run((err := p.communicate()[1], p.returncode)[1], '', err), '--workers', 'a worker process was killed')
+    p = start(patches, '--out', tmp_path/'a', *SMALL)
+    while len(list((tmp_path/'a').glob('.part/done/*.npz'))) < 4 and p.poll() is None: time.sleep(.02)
+    p.send_signal(signal.SIGINT); err = p.communicate()[1]
+    assert (p.returncode, err) == (130, 'stopped; the same command goes on where it was\n'), err
+    p = start(patches, '--out', tmp_path/'a', *SMALL); p.communicate()
+    assert same(whole, tmp_path/'a')
+
+# ---- several processes
+
+@pytest.mark.parametrize('first', [0, 2])
+def test_three_processes_make_the_same_store(first, patches, whole, tmp_path):
+    order = [first, *({0, 1, 2} - {first})]; ps = []
+    for r in order: ps.append(start(patches, '--out', tmp_path/'s', '--image-size', '48', RANK=str(r), WORLD_SIZE='3')); time.sleep(.5)
+    said = [p.communicate(timeout=120) for p in ps]
+    assert [p.returncode for p in ps] == [0, 0, 0], said
+    assert same(whole, tmp_path/'s') and [bool(o) for o, _ in said] == [r == 0 for r in order]
+
+def test_two_runs_in_one_folder(patches, tmp_path):
+    part = P._claim(tmp_path/'s')
+    with P._locked(part, 0): refused(run_cli(['histogan.prepare', patches, '--out', tmp_path/'s']), 'another process is preparing it')
+    for env, word in (({'RANK': '2', 'WORLD_SIZE': '2'}, 'RANK 2'), ({'RANK': 'x'}, 'RANK and WORLD_SIZE')):
+        refused(run_cli(['histogan.prepare', patches, '--out', tmp_path/'s'], env=env), word)
+
+# ---- disks
+
+@pytest.fixture
+def disk(tmp_path):
+    "A function of a size in KiB that mounts a file system of that size."
+    mounted = []
+    def mount(kib):
+        at = tmp_path/f'disk{kib}'; at.mkdir()
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={kib}k', 'tmpfs', at], capture_output=True).returncode: pytest.skip('this test mounts a small file system, which needs root')
+        mounted.append(at); return at
+    yield mount
+    for at in mounted: subprocess.run(['umount', '-l', at])
+
+def test_a_full_disk(patches, whole, disk):
+    for kib in (64, 4000):  # no room for a plan; too little for the pixels (5.3 MiB)
+        at = disk(kib); refused(run_cli(['histogan.prepare', patches, '--out', at/'s', *SMALL]), '--out', 'the disk is full', 'MiB are needed')
+        assert not is_store(at/'s')
+    at = disk(16_000); p = start(patches, '--out', at/'s', *SMALL)
+    while not (at/'s'/'.part'/'plan.json').exists(): time.sleep(.01); assert p.poll() is None
+    with open(at/'ballast', 'wb', buffering=0) as f:  # another program takes what is left
+        try:
+            while f.write(bytes(4096)): pass
+        except OSError: pass
+    out, err = p.communicate(timeout=60)
+    refused(Run(p.returncode, out, err), 'the disk is full; free some space and run the same command again')
+    assert not is_store(at/'s')
+    (at/'ballast').unlink()
+    p = start(patches, '--out', at/'s', *SMALL); p.communicate()
+    assert p.returncode == 0 and same(whole, at/'s')
+
+# ---- bad input
+
+def test_bad_options(patches, tmp_path, capsys):
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'x').touch(); (tmp_path/'m.csv').write_text('path,label\ngone.png,A\n')
+    for options, words in ((['nowhere'], ['nowhere']), ([patches, '--image-sise', '4'], ['--image-sise', '--image-size']), ([patches, '--image-size', '4'], ['--image-size: 4']),
+                           ([patches, '--stain.method', 'x'], ['--stain.method']), ([patches, patches], ['is listed twice']), ([patches, '--out', tmp_path/'full'], ['is not empty']),
+                           ([patches, '--group-column', 'g'], ['--group-column', '--manifest']), ([patches, '--manifest', tmp_path/'m.csv'], ['gone.png']),
+                           ([patches, '--group-regex', '('], ['--group-regex']), ([patches, '--stain.white', '7'], ['--stain.white: 7'])):
+        refused(Run(P.main([*map(str, options), *([] if '--out' in options else ['--out', str(tmp_path/'s')])]), *capsys.readouterr()), *words)
+
+def test_thresholds_that_empty_a_class_cost_no_second_reading(patches, tmp_path, capsys):
+    limits = {c: dict(min_lap_var=1e9 if c == 'TUM' else None, min_entropy=None, max_white_ratio=None, max_sat_ratio=None, min_tenengrad=None, max_jpeg_blockiness=None, min_tissue_frac=None) for c in set(scan(patches).label)}
+    (tmp_path/'t.json').write_text(json.dumps(limits))
+    run = lambda: P.main([str(patches), '--out', str(tmp_path/'s'), '--stain.method', 'none', '--image-size', '32', '--workers', '1', '--quality.thresholds', str(tmp_path/'t.json')])
+    refused(Run(run(), *capsys.readouterr()), 'class TUM would lose all its 90 patches', 't.json')
+    done = {p: p.stat().st_mtime_ns for p in (tmp_path/'s').glob('.part/done/*')}; assert len(done) == 13
+    limits['TUM'].update(min_lap_var=float(sorted(pd.DataFrame([P.quality_metrics(read_rgb(p)).lap_var for p in scan(patches).query('label=="TUM"').path])[0])[9])); (tmp_path/'t.json').write_text(json.dumps(limits))
+    begun = P.do_chunk; P.do_chunk = None  # nothing is read again
+    try: assert run() == 0
+    finally: P.do_chunk = begun
+    m = P.read_all(tmp_path/'s')
+    assert (m.kept == 0).sum() == 9 and set(m.why[m.kept == 0]) == {'quality: lap_var'} and set(m.split[m.kept == 0]) == {''}
+    assert len(load_store(tmp_path/'s').manifest) == 801 and 'rejected: quality 9' in capsys.readouterr().out
+
+def test_broken_files_are_named_or_rejected(patches, tmp_path, capsys):
+    root = shutil.copytree(patches, tmp_path/'broken'); files = scan(root).path
+    Path(files[5]).write_bytes(b''); Path(files[300]).write_bytes(Path(files[300]).read_bytes()[:200]); Image.new('RGB', (9, 9)).save(files[500])
+    plain = ['--stain.method', 'none', '--image-size', '32', '--workers', '1', '--out', str(tmp_path/'s')]
+    refused(Run(P.main([str(root), *plain]), *capsys.readouterr()), '3 of 810 files', Path(files[5]).name, Path(files[300]).name, '9 x 9 px is too small', '--skip-broken')
+    assert P.main([str(root), *plain, '--skip-broken']) == 0
+    m = P.read_all(tmp_path/'s'); assert np.flatnonzero(m.kept == 0).tolist() == [5, 300, 500] and m.why.str.startswith('unreadable: ').sum() == 3
+    assert not np.load(tmp_path/'s'/'images.npy')[300].any() and verify_store(tmp_path/'s') == []
+
+def test_changed_files_begin_anew(patches, tmp_path, capsys):
+    root = shutil.copytree(patches, tmp_path/'r'); cfg = P.PrepareConfig(str(root), out=str(tmp_path/'s'), image_size=32, workers=1, stain=P.StainOptions(method='none'))
+    df, base = P.list_patches(cfg); part = P._claim(cfg.out); plan = P._make_plan(cfg, df, P._work_key(cfg, df, base), part)
+    P.do_chunk(P.Job(str(part), 32, 'none', cfg.stain, None), 0, df.path[:64].tolist())
+    Image.fromarray(read_rgb(df.path[3])[::-1]).save(df.path[3])
+    P.prepare(cfg, progress=False)
+    assert 'it begins anew' in capsys.readouterr().err
+    assert same(quiet(root, tmp_path/'t', image_size=32, stain=P.StainOptions(method='none')), tmp_path/'s')
+    Image.fromarray(read_rgb(df.path[3])[::-1]).save(df.path[3])
+    with pytest.raises(InputError, match='holds a store of other files'): P.prepare(cfg, progress=False)
+
+# ---- copies and groups
+
+def test_planted_copies_end_in_one_split(patches, tmp_path):
+    root = shutil.copytree(patches, tmp_path/'planted'); df = scan(root); names = sorted(set(df.label))
+    busy = [k for k in range(0, len(df), 8) if df.label[k] != 'BACK']  # of empty glass only exact copies are tied
+    ways = dict(copy=lambda x: x, jpeg=lambda x: x, flip=lambda x: x[:, ::-1], turn=lambda x: np.rot90(x, 3))
+    for k in busy:
+        x, wrong = read_rgb(df.path[k]), names[(names.index(df.label[k]) + 4) % 9]
+        for w, f in ways.items(): Image.fromarray(np.ascontiguousarray(f(x))).save(root/wrong/f'{w}-{k:04}.{"jpg" if w == "jpeg" else "png"}', quality=90)
+    m = load_store(quiet(root, tmp_path/'s', image_size=32, stain=P.StainOptions(method='none'))).manifest.set_index('path')
+    for w, least in dict(copy=1, jpeg=.99, flip=.99, turn=.99).items():
+        mine = [p for p in m.index if os.path.basename(p).startswith(w + '-')]
+        home = [df.path[int(os.path.basename(p)[len(w) + 1:-4])] for p in mine]
+        assert len(mine) == len(busy) and (m.split[mine].to_numpy() == m.split[home].to_numpy()).mean() >= least, w
+    pairs = pd.read_csv(tmp_path/'s'/'duplicates.csv'); a = P.read_all(tmp_path/'s'); original = a.path.map(lambda p: '-' not in os.path.basename(p)[4:5])
+    both = original[pairs.i].to_numpy() & original[pairs.j].to_numpy()
+    assert both.sum() <= .001 * len(df)  # false pairs among the patches themselves
+
+def test_groups_of_a_table_are_never_divided(shared, tmp_path):
+    d = shared/'data'; options = dict(image_size=32, stain=P.StainOptions(method='none'), manifest=str(d/'histo5_128/MANIFEST.csv'), group_column='group')
+    m = load_store(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
+    assert len(m) == 1800 and m.groupby('group').split.nunique().max() == 1 and set(m.split) == {'train', 'val', 'test'}
+    copies = P.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
+    assert list(copies) == ['pairs', 'across classes', 'across groups', 'across splits']
+
+def test_the_real_patches_as_they_are(shared, tmp_path):
+    n = shared/'data'/'nct-sample'
+    done = run_cli(['histogan.prepare', n/'NCT-CRC-HE-100K', n/'CRC-VAL-HE-7K', '--out', tmp_path/'s', '--image-size', '64'])
+    assert done.rc == 0 and '108 of 108 patches kept, 9 classes' in done.out, done.err
+    m = load_store(tmp_path/'s').manifest
+    assert pd.crosstab(m.root, m.split).to_dict('list') == dict(train=[90, 0], val=[0, 9], test=[0, 9]) and m.width.nunique() > 1
+    assert P.read_all(tmp_path/'s')['mode'].nunique() > 1 and verify_store(tmp_path/'s') == []
+
+# ---- reading it
+
+def test_store_and_folders_give_the_same_patches(patches, tmp_path):
+    store = quiet(patches, tmp_path/'s', image_size=64, stain=P.StainOptions(method='none')); s = load_store(store)
+    a, b = (HistoDataset(s.manifest, s.card['classes'], 64, im) for im in (StoreImages(store, s.manifest.store_row, 64), None))
+    for k in (0, 17, 809): assert all(np.array_equal(x, y) for x, y in zip(a[k], b[k]))
+
+def test_training_on_a_store_and_resuming(patches, whole, tmp_path):
+    out = tmp_path/'run'
+    first = run_cli(['histogan.train', '--preset', 'smoke', '--data.root', whole, '--out', out, '--run.steps', '6', '--run.save-every', '3'])
+    assert first.rc == 0, first.err
+    assert '570 training patches' in first.out or 'training patches, 32 px' in first.out
+    cut = tmp_path/'cut'; shutil.copytree(out, cut); (cut/'checkpoints'/'cgan_step000006.pt').unlink()
+    again = run_cli(['histogan.train', '--resume', cut])
+    assert again.rc == 0 and (cut/'metrics_gan.csv').read_text() == (out/'metrics_gan.csv').read_text(), again.err
+    other = quiet(patches, tmp_path/'other', image_size=48, seed=1, stain=P.StainOptions(method='none')); swapped = json.loads((cut/'config.json').read_text())
+    swapped['data']['root'] = str(other); (cut/'config.json').write_text(json.dumps(swapped))
+    refused(run_cli(['histogan.train', '--resume', cut]), 'is not the store that the run began with')
+
+# ---- the audit
+
+BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
+FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--enable-logging=stderr')
+
+def browse(page, tmp_path, *flags):
+    "What a browser puts out, and what it complains about in its console."
+    done = subprocess.run([BROWSER, *FLAGS, f'--user-data-dir={tmp_path/"profile"}', *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
+    return done.stdout, [l for l in done.stderr.splitlines() if 'CONSOLE' in l]
+
+@pytest.mark.skipif(not BROWSER, reason='no Chromium')
+def test_the_audit_in_a_browser(whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path/'s')
+    html = P.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
+    out, said = browse(store/'audit.html', tmp_path, '--dump-dom')
+    assert said == [] and out.count('<img') == 10  # nine classes, one chart
+    script = "<script>document.title = [...document.images].filter(i => i.naturalWidth > 100).length + ' of ' + document.images.length + (document.documentElement.scrollWidth > innerWidth ? ' too wide' : '')</script>"
+    probe = tmp_path/'probe.html'; probe.write_text(html.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'").replace('</body>', script + '</body>'), encoding='utf-8')
+    for width in ('500', '1280'): assert '<title>10 of 10</title>' in browse(probe, tmp_path, '--dump-dom', f'--window-size={width},900')[0]
+    probe.write_text(html.replace('<section>', '<img src="https://example.invalid/x.png"><section>', 1), encoding='utf-8')
+    assert any('Content Security Policy' in l for l in browse(probe, tmp_path, '--dump-dom')[1])  # what a fault looks like
+    assert n['kept'] == 810 and set(n['classes']) == set(load_store(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
+
+def test_the_audit_is_the_same_twice_and_can_be_added_later(whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
+    assert (P.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
