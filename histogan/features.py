@@ -6,7 +6,7 @@
 __all__ = ['INCEPTION', 'ALEXNET', 'EXTRACTORS', 'ALEXNET_CONVOLUTIONS', 'Published', 'hub', 'find_weights', 'missing', 'verify',
            'fetch', 'Extractor', 'weights_key', 'inception_extractor', 'encoder_extractor', 'same_network',
            'open_extractor', 'absent', 'alexnet_convolutions', 'lpips_distance', 'content_id', 'FeatureCache',
-           'features', 'to_batch']
+           'features', 'to_batch', 'Patches']
 
 # %% ../nbs/57_features.ipynb #ebebaa1c
 import hashlib, io, os, zipfile
@@ -118,7 +118,7 @@ def weights_key(
     "A name for a network and its preparation."
     h = hashlib.sha256(repr(how).encode())
     for name, t in sorted(net.state_dict().items()):
-        if not name.startswith('classify.'):  # the small CNN's last layer decides no feature
+        if 'classify' not in name.split('.'):  # the small CNN's last layer decides no feature
             h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
@@ -305,3 +305,17 @@ def to_batch(
 ) -> torch.Tensor:  # (N, 3, R, R) uint8
     "Stored patches as a network takes them."
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device)
+
+# %% ../nbs/57_features.ipynb #ffd0b5c2
+class Patches(NamedTuple):
+    "Patches in memory."
+    x: np.ndarray  # (N, R, R, 3) uint8
+    y: np.ndarray  # (N,) class names
+    name: str = ''  # what they are, for a table
+
+    def take(self,
+        keep,  # mask or positions
+        name: str = '',  # of the part; empty = the same
+    ):  # Patches
+        "Some of them."
+        return Patches(self.x[keep], self.y[keep], name or self.name)
