@@ -383,7 +383,7 @@ def evaluate_run(
     specs, alexnet, left_out = choose_weights(a)
     for line in left_out: print(f'note: left out: {line}', file=sys.stderr)
     opened = {s: open_extractor(s, a.inception, cfg.encoder, device) for s in specs if s != 'cnn'}
-    lpips = lpips_distance(alexnet) if alexnet else None
+    lpips = lpips_distance(alexnet, device) if alexnet else None
     reals = open_reals(folder, cfg, a.per_class, a.real)
     clock('reals')
     judge = judge_encoder(reals.judge, G.classes, folder.parent / 'cache', device) if 'cnn' in specs or a.copying else None
@@ -419,10 +419,11 @@ def summary(
     "The rows over all classes, sets side by side."
     all_ = df[df['class'] == 'all'].copy()
     all_['metric'] = all_.metric + np.where(all_.metric.str.contains('-|ID$|LPIPS'), '', ' (' + all_.extractor + ')')
+    counts = all_[all_.n_ref > 0].groupby('set')[['n', 'n_ref']].first()
     wide = all_.pivot_table(index='metric', columns='set', values='value', sort=False)
+    wide.columns = [f'{s} ({counts.n[s]} : {counts.n_ref[s]})' for s in wide.columns]
     notes = all_[all_.note.fillna('') != ''].drop_duplicates(['metric', 'note'])
-    first = all_.iloc[0]
-    return '\n'.join([f'compared with {first.reference}: n {first.n}, n_ref {first.n_ref}', wide.to_string(float_format='%.4g')] + [f'{m}: {n}' for m, n in zip(notes.metric, notes.note)])
+    return '\n'.join([f'compared with {all_.reference.iloc[0]}; in brackets n : n_ref', wide.to_string(float_format='%.4g')] + [f'{m}: {n}' for m, n in zip(notes.metric, notes.note)])
 
 # %% ../nbs/60_eval.ipynb #43d625ce
 def main(

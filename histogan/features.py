@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INCEPTION', 'ALEXNET', 'EXTRACTORS', 'ALEXNET_CONVOLUTIONS', 'Published', 'hub', 'find_weights', 'missing', 'verify',
            'fetch', 'Extractor', 'weights_key', 'inception_extractor', 'encoder_extractor', 'same_network',
-           'open_extractor', 'absent', 'alexnet_convolutions', 'lpips_distance', 'content_id', 'FeatureCache',
-           'features', 'to_batch', 'Patches']
+           'open_extractor', 'absent', 'alexnet_convolutions', 'lpips_network', 'lpips_distance', 'content_id',
+           'FeatureCache', 'features', 'to_batch', 'Patches']
 
 # %% ../nbs/57_features.ipynb #ebebaa1c
 import hashlib, io, os, zipfile
@@ -214,21 +214,30 @@ def alexnet_convolutions(
     if h.hexdigest() != ALEXNET_CONVOLUTIONS: verify(ALEXNET, path)
     return state
 
-# %% ../nbs/57_features.ipynb #c586a8b3
-def lpips_distance(
+# %% ../nbs/57_features.ipynb #10a6b54d
+def lpips_network(
     path,  # AlexNet's weights
     device: str = 'cpu',  # where it works
-) -> Callable:  # two (N, 3, R, R) uint8 -> (N, 1) distances ≥ 0
-    "LPIPS with AlexNet."
+) -> nn.Module:  # two (N, 3, R, R) in [-1, 1] -> (N, 1, 1, 1)
+    "The network of `lpips`, with convolutions that were verified."
     import lpips, warnings
     state = alexnet_convolutions(path)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter('ignore')  # torchvision's remarks on how lpips calls it
         net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
     net.net.load_state_dict({k: state[f'features.{k.partition(".")[2]}'] for k in net.net.state_dict()})
-    net = net.to(device).eval().requires_grad_(False)
+    return net.to(device).eval().requires_grad_(False)
+
+# %% ../nbs/57_features.ipynb #c586a8b3
+def lpips_distance(
+    path,  # AlexNet's weights
+    device: str = 'cpu',  # where it works
+) -> Callable:  # two (N, 3, R, R) uint8 -> (N, 1) distances ≥ 0
+    "LPIPS of patches as they are stored."
+    net = lpips_network(path, device)
     enlarge = lambda x: F.interpolate(x, (64, 64), mode='bilinear', align_corners=False) if x.shape[-1] < 64 else x
-    return lambda a, b: net(enlarge(to_float(a)), enlarge(to_float(b))).reshape(-1, 1)
+    prepare = lambda x: enlarge(to_float(x.to(device)))
+    return lambda a, b: net(prepare(a), prepare(b)).reshape(-1, 1)
 
 # %% ../nbs/57_features.ipynb #42aa39b1
 def content_id(
