@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank', 'world', 'local_rank', 'processes', 'forked', 'shard', 'gather', 'barrier', 'Elsewhere', 'on_first', 'in_turn',
-           'any_rank', 'mine', 'whole', 'average', 'from_first']
+           'any_rank', 'lost_peer', 'mine', 'whole', 'average', 'from_first']
 
 # %% ../nbs/06_dist.ipynb #641977f8
 import contextlib, datetime, multiprocessing, os, pickle, socket
@@ -149,6 +149,15 @@ def any_rank(
     votes = torch.tensor(int(flag))
     dist.all_reduce(votes)
     return bool(votes)
+
+# %% ../nbs/06_dist.ipynb #5aaf70a4
+def lost_peer(
+    e: Exception,  # as caught
+) -> bool:  # False for an error of this process's own
+    "Did another process break the connection?"
+    if world() == 1: return False
+    import torch.distributed as dist
+    return isinstance(e, dist.DistError) or 'gloo' in str(e) or 'NCCL' in str(e)
 
 # %% ../nbs/06_dist.ipynb #43d03253
 def mine(
