@@ -6,7 +6,7 @@
 __all__ = ['ROW', 'LEAST', 'at_most', 'deal', 'Reals', 'folder_patches', 'fresh_phantom', 'split_of', 'open_reals',
            'judge_encoder', 'judge_note', 'FIDLPIPSEvaluator', 'pairs_within', 'EvalArgs', 'choose_weights',
            'fetch_missing', 'pick', 'synthetic_folder', 'draw_synthetic', 'distribution', 'record', 'check_copies',
-           'evaluate_run', 'Stopwatch', 'summary', 'main']
+           'evaluate_run', 'say', 'write_results', 'Stopwatch', 'summary', 'main']
 
 # %% ../nbs/60_eval.ipynb #ae6ca102
 from .config import Config, load_config, tyro_parse
@@ -25,6 +25,7 @@ from typing import Callable, Literal, NamedTuple
 from .checkpoint import atomic_write, load_generator
 from .copying import copying_check, draw_pairs, layout_extractor, pairs_table, pixel_extractor, save_copying
 from .data import InputError, load_manifest, open_data, read_rgb, resize, scan, warn_line
+from .dist import Elsewhere, in_turn, local_rank, on_first, processes, rank, world
 from .encoder import CNNConfig, Encoder, own_cnn
 from .features import ALEXNET, INCEPTION, Extractor, FeatureCache, Patches, absent, content_id, encoder_extractor, features, fetch, find_weights, lpips_distance, missing, open_extractor, to_batch
 from .generate import fingerprint, generate
@@ -301,7 +302,8 @@ def pick(
     name: str,  # auto, cpu, cuda, …
 ) -> str:  # InputError when it is not there
     "The device of an evaluation."
-    if name == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and world() > 1: name = f'cuda:{local_rank()}'
     try: return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError): raise InputError(f'--device {name}: not available on this machine; use cpu') from None
 
@@ -361,7 +363,7 @@ def record(
 
 # %% ../nbs/60_eval.ipynb #38946b1f
 def check_copies(
-    folder: Path,  # metrics of the run
+    folder: Path,  # of the run
     cache: FeatureCache,  # keeps the features
     judge: Encoder,  # not one that the discriminator used
     fake: Patches,  # drawn
@@ -370,7 +372,8 @@ def check_copies(
 ) -> str:  # the verdict
     "The copying check, with its files."
     result, places = copying_check(cache, [pixel_extractor(), layout_extractor(judge, 'cnn')], fake, reals.held, reals.train, reals.units)
-    save_copying(folder, result, pairs_table(places, fake.y, paths, reals.paths), draw_pairs(places, fake, reals.held, reals.train))
+    (folder / 'metrics').mkdir(exist_ok=True)
+    on_first(save_copying, folder / 'metrics', result, pairs_table(places, fake.y, paths, reals.paths), draw_pairs(places, fake, reals.held, reals.train))
     return result['sentence']
 
 # %% ../nbs/60_eval.ipynb #1866b256
@@ -379,14 +382,15 @@ def evaluate_run(
 ) -> pd.DataFrame:  # distribution.csv
     "The whole evaluation; InputError before any work when something is missing."
     folder, clock = Path(a.run), Stopwatch()
-    cfg, G, device = load_config(folder), load_generator(folder, 'cpu'), pick(a.device)
-    specs, alexnet, left_out = choose_weights(a)
-    for line in left_out: print(f'note: left out: {line}', file=sys.stderr)
+    cfg, G, device = load_config(folder), load_generator(folder), pick(a.device)
+    specs, alexnet, left_out = on_first(choose_weights, a)
+    if a.real: scan(a.real)
+    say(*(f'note: left out: {line}' for line in left_out), file=sys.stderr)
     opened = {s: open_extractor(s, a.inception, cfg.encoder, device) for s in specs if s != 'cnn'}
     lpips = lpips_distance(alexnet, device) if alexnet else None
-    reals = open_reals(folder, cfg, a.per_class, a.real)
+    reals = in_turn(open_reals, folder, cfg, a.per_class, a.real)
     clock('reals')
-    judge = judge_encoder(reals.judge, G.classes, folder.parent / 'cache', device) if 'cnn' in specs or a.copying else None
+    judge = in_turn(judge_encoder, reals.judge, G.classes, folder.parent / 'cache', device) if 'cnn' in specs or a.copying else None
     if 'cnn' in specs: opened['cnn'] = encoder_extractor(judge, 'cnn', judge_note(reals.judge))
     clock('judge')
     fake, table = draw_synthetic(G.to(device), folder, a)
@@ -394,13 +398,30 @@ def evaluate_run(
     ev = FIDLPIPSEvaluator(FeatureCache(folder.parent / 'cache' / 'features', batch=a.batch), [opened[s] for s in specs], lpips, a.pairs, a.seed)
     df = distribution(ev, fake, reals, a.max_real)
     clock('compare')
-    (folder / 'metrics').mkdir(exist_ok=True)
-    if a.copying: print(check_copies(folder / 'metrics', ev.cache, judge, fake, table.path.tolist(), reals))
+    if a.copying: say(check_copies(folder, ev.cache, judge, fake, table.path.tolist(), reals))
     clock('copying')
-    atomic_write(folder / 'metrics' / 'distribution.csv', lambda f: f.write(df.to_csv(index=False, float_format='%.6g').encode()))
-    atomic_write(folder / 'metrics' / 'eval.json', lambda f: f.write(json.dumps(record(a, G, ev, reals, clock.seconds, left_out), indent=1).encode()))
-    print(f'{len(fake.y)} patches, features: {ev.cache.computed} computed, {ev.cache.reused} reused')
+    on_first(write_results, folder / 'metrics', df, record(a, G, ev, reals, clock.seconds, left_out))
+    say(f'{len(fake.y)} patches, features: {ev.cache.computed} computed, {ev.cache.reused} reused')
     return df
+
+# %% ../nbs/60_eval.ipynb #423507a0
+def say(
+    *lines: str,  # to print
+    file=None,  # None = stdout
+):
+    "Print, in the first process alone."
+    if rank() == 0:
+        for line in lines: print(line, file=file or sys.stdout, flush=True)
+
+def write_results(
+    folder: Path,  # metrics of the run
+    df: pd.DataFrame,  # columns ROW
+    facts: dict,  # from `record`
+):
+    "distribution.csv and eval.json."
+    folder.mkdir(exist_ok=True)
+    atomic_write(folder / 'distribution.csv', lambda f: f.write(df.to_csv(index=False, float_format='%.6g').encode()))
+    atomic_write(folder / 'eval.json', lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
 # %% ../nbs/60_eval.ipynb #21ce9f8c
 class Stopwatch:
@@ -432,10 +453,11 @@ def main(
     "`python -m histogan.eval`."
     try:
         a = tyro_parse(EvalArgs, sys.argv[1:] if argv is None else argv, 'histogan.eval')
-        print(summary(evaluate_run(a)), f'written: {Path(a.run, "metrics")}', sep='\n')
+        with processes(pick(a.device)): say(summary(evaluate_run(a)), f'written: {Path(a.run, "metrics")}')
         return 0
+    except Elsewhere: return 2
     except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
+        say(f'error: {e}', file=sys.stderr)
         return 2
 
 # %% ../nbs/60_eval.ipynb #eb6d37f6

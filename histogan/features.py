@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from typing import Callable, NamedTuple
 from .checkpoint import atomic_write, first_line
 from .data import InputError, to_float
+from .dist import barrier, shard, world
 from .encoder import Encoder, load_encoder, read_tensors
 
 # %% ../nbs/57_features.ipynb #36ab56ac
@@ -258,9 +259,10 @@ class FeatureCache:
 
     def load(self,
         space: str,  # name and key of the network
+        again: bool = False,  # read the disk even if it was read before
     ) -> dict[str, np.ndarray]:  # content id -> vector
         "What is known of a network."
-        if space in self.known: return self.known[space]
+        if space in self.known and not again: return self.known[space]
         known = self.known[space] = {}
         for file in sorted((self.folder / space).glob('*.npz')):
             try:
@@ -288,14 +290,30 @@ def get(self: FeatureCache,
     ids: list[str],  # content of each item
     compute: Callable,  # positions in `ids` -> (n, d) vectors
 ) -> np.ndarray:  # (N, d) float32, in the order of `ids`
-    "Vectors; what is not known is computed and kept."
+    "Vectors; what is not known is computed and kept, by all processes together."
+    barrier()  # every process finds the same on the disk
     known, first = self.load(space), {i: k for k, i in reversed(list(enumerate(ids)))}
     todo = sorted(k for i, k in first.items() if i not in known)
     self.computed, self.reused = self.computed + len(todo), self.reused + len(ids) - len(todo)
+    self.fill(space, ids, shard(todo), compute)
+    if todo and world() > 1:
+        barrier()
+        known = self.load(space, again=True)
+        self.fill(space, ids, [k for k in todo if ids[k] not in known], compute)  # lost on the way
+    return np.stack([known[i] for i in ids])
+
+# %% ../nbs/57_features.ipynb #7fc893c1
+@patch
+def fill(self: FeatureCache,
+    space: str,  # name and key of the network
+    ids: list[str],  # content of each item
+    todo: list[int],  # positions to compute
+    compute: Callable,  # positions in `ids` -> (n, d) vectors
+):
+    "Compute and keep, a shard at a time."
     for part in (todo[k:k + self.shard] for k in range(0, len(todo), self.shard)):
         values = np.concatenate([np.asarray(compute(part[k:k + self.batch]), np.float32) for k in range(0, len(part), self.batch)])
         self.keep(space, [ids[k] for k in part], values)
-    return np.stack([known[i] for i in ids])
 
 # %% ../nbs/57_features.ipynb #da0401b8
 @torch.no_grad()

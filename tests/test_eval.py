@@ -69,13 +69,23 @@ def test_nothing_is_computed_twice(run, evaluate, no_weights):
     patch = sorted(run.glob('synth/*/ADI/*.png'))[3]
     whole = patch.read_bytes()
     patch.unlink()
-    others = {p: p.stat().st_mtime_ns for p in run.glob('synth/*/*/*.png')}
+    others = {p: p.read_bytes() for p in run.glob('synth/*/*/*.png')}
     assert passes(evaluate()) == 0 and patch.read_bytes() == whole  # drawn again, and known
-    assert others == {p: p.stat().st_mtime_ns for p in others} and (run/'metrics'/'distribution.csv').read_bytes() == table
+    assert others == {p: p.read_bytes() for p in others} and (run/'metrics'/'distribution.csv').read_bytes() == table
     Image.fromarray(255 - read_rgb(patch)).save(patch)
     assert passes(evaluate('--no-copying')) == 1
     patch.write_bytes(whole)
     assert passes(evaluate()) == 0
+
+def test_two_processes_write_the_file_of_one(run, evaluate, tmp_path):
+    options = ['--per-class', '12', '--pairs', '6', '--seed', '9', '--no-copying']
+    done = run_cli(['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'histogan.eval', run, *options], env={'TORCH_HOME': str(tmp_path)})
+    assert done.rc == 0, done.err
+    assert passes(done) == 108 and done.out.count('written:') == 1
+    table = pd.read_csv(run/'metrics'/'distribution.csv')
+    for file in (run.parent/'cache'/'features').rglob('*.npz'): file.unlink()
+    assert passes(evaluate('--seed', '9', '--no-copying')) > 108
+    pd.testing.assert_frame_equal(table, pd.read_csv(run/'metrics'/'distribution.csv'), rtol=1e-3, atol=1e-4)
 
 def test_an_interrupted_pass_goes_on(tmp_path):
     encoder, images, seen = random_encoder(0), np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), []
