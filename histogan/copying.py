@@ -58,11 +58,11 @@ def nearest(
     block: int = 2048,  # rows at a time
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (N, k) distances, (N, k) rows of train, (N,) turn of the nearest
     "The nearest training patches, over all turns."
-    train, k, found = torch.as_tensor(train).double(), min(k, len(train)), []
+    train, k, found = torch.as_tensor(train), min(k, len(train)), []
     for start in range(0, len(queries[0]), block):
         q, best = [torch.as_tensor(f[start:start + block]).double() for f in queries], None
         for at in range(0, len(train), block):
-            d, turn = torch.stack([squared_distances(f, train[at:at + block]) for f in q]).min(0)  # (n, block)
+            d, turn = torch.stack([squared_distances(f, train[at:at + block].double()) for f in q]).min(0)  # (n, block)
             rows = torch.arange(at, at + d.shape[1]).expand_as(d)
             best = [torch.cat(p, 1) for p in zip(best, (d, rows, turn))] if best else [d, rows, turn]
             near = best[0].topk(min(k, best[0].shape[1]), largest=False)

@@ -6,7 +6,7 @@
 __all__ = ['INCEPTION', 'ALEXNET', 'EXTRACTORS', 'ALEXNET_CONVOLUTIONS', 'Published', 'hub', 'find_weights', 'missing', 'verify',
            'fetch', 'Extractor', 'weights_key', 'inception_extractor', 'encoder_extractor', 'same_network',
            'open_extractor', 'absent', 'alexnet_convolutions', 'lpips_network', 'lpips_distance', 'content_id',
-           'FeatureCache', 'features', 'to_batch', 'Patches']
+           'FeatureCache', 'features', 'to_batch', 'Lazy', 'Patches']
 
 # %% ../nbs/57_features.ipynb #ebebaa1c
 import hashlib, io, os, zipfile
@@ -333,10 +333,26 @@ def to_batch(
     "Stored patches as a network takes them."
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device)
 
+# %% ../nbs/57_features.ipynb #c545daab
+class Lazy:
+    "Patches that are decoded when they are looked at: as much of an array as evaluation needs."
+    def __init__(self,
+        part,  # a `HistoDataset`
+        keep: np.ndarray,  # positions in it
+    ):
+        self.part, self.keep, self.shape = part, keep, (len(keep), part.image_size, part.image_size, 3)
+
+    def __len__(self): return len(self.keep)
+    def __iter__(self): return (x for k in range(0, len(self), 64) for x in self[np.arange(k, min(k + 64, len(self)))])
+    def __array__(self, dtype=None, copy=None): return self.part.pixels(self.keep)
+    def __getitem__(self, k):
+        if np.ndim(k) == 0: return self.part.pixels(self.keep[[k]])[0]
+        return self.part.pixels(self.keep[np.asarray(k)])
+
 # %% ../nbs/57_features.ipynb #ffd0b5c2
 class Patches(NamedTuple):
-    "Patches in memory."
-    x: np.ndarray  # (N, R, R, 3) uint8
+    "Patches and their classes."
+    x: np.ndarray  # (N, R, R, 3) uint8, or a `Lazy` one
     y: np.ndarray  # (N,) class names
     name: str = ''  # what they are, for a table
 
@@ -345,4 +361,5 @@ class Patches(NamedTuple):
         name: str = '',  # of the part; empty = the same
     ):  # Patches
         "Some of them."
-        return Patches(self.x[keep], self.y[keep], name or self.name)
+        x = Lazy(self.x.part, self.x.keep[keep]) if isinstance(self.x, Lazy) else self.x[keep]
+        return Patches(x, self.y[keep], name or self.name)
