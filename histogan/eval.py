@@ -467,13 +467,16 @@ def summary(
 # %% ../nbs/60_eval.ipynb #43d625ce
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
-) -> int:  # 0 done, 2 bad input
+) -> int:  # 0 done, 2 bad input, 130 interrupted
     "`python -m histogan.eval`."
     try:
         a = tyro_parse(EvalArgs, sys.argv[1:] if argv is None else argv, 'histogan.eval')
         with processes(pick(a.device)): say(summary(evaluate_run(a)), f'written: {Path(a.run, "metrics")}')
         return 0
     except Elsewhere: return 2
+    except KeyboardInterrupt:
+        say('stopped: what was drawn and looked at is kept; the same command goes on', file=sys.stderr)
+        return 130
     except InputError as e:
         say(f'error: {e}', file=sys.stderr)
         return 2

@@ -1,5 +1,5 @@
 "Evaluation in real processes: weights that are missing, wrong or hostile; what is computed again; copies that are found."
-import hashlib, io, json, os, pickle, re
+import hashlib, io, json, os, pickle, re, shutil
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+import histogan.eval as he
 import histogan.features as hf
 from conftest import Run, run_cli
 from histogan.data import InputError, read_rgb, to_float
@@ -100,6 +101,12 @@ def test_an_interrupted_pass_goes_on(tmp_path):
     features(cache, ex, images)
     assert (cache.computed, cache.reused) == (20, 20)
 
+def test_an_interruption_is_one_line(evaluate, no_weights, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(he, 'distribution', stop)
+    done = evaluate()
+    assert done.rc == 130 and done.err.splitlines()[-1].startswith('stopped: ')
+
 def test_an_encoder_of_the_discriminator_is_marked(run, evaluate, no_weights):
     assert evaluate('--extractors', 'random:0', 'random:1', '--no-copying').rc == 0
     df = pd.read_csv(run/'metrics'/'distribution.csv')
@@ -131,6 +138,20 @@ def test_what_is_missing_is_said_before_any_work(options, words, lines, run, eva
     before = {p: p.stat().st_mtime_ns for p in run.parent.rglob('*')}
     refused(evaluate(*options, '--seed', '77') if '--per-class' not in options else evaluate(*options), *words, lines=lines)
     assert before == {p: p.stat().st_mtime_ns for p in run.parent.rglob('*')}
+
+def test_a_run_that_set_nothing_aside_needs_a_folder(run, tmp_path, capsys):
+    poor = tmp_path/'run'
+    shutil.copytree(run, poor)
+    config = json.loads((poor/'config.json').read_text())
+    config['data']['root'] = 'elsewhere'  # not the phantom: nothing can be drawn afresh
+    (poor/'config.json').write_text(json.dumps(config))
+    manifest = pd.read_csv(poor/'artifacts'/'manifest.csv')
+    manifest.assign(split='train').to_csv(poor/'artifacts'/'manifest.csv', index=False)
+    refused(Run(main([str(poor), '--lpips', 'no']), *capsys.readouterr()), '--real FOLDER')
+    few = tmp_path/'few'
+    (few/'ADI').mkdir(parents=True)
+    shutil.copy(manifest.path[0], few/'ADI')
+    refused(Run(main([str(poor), '--real', str(few)]), *capsys.readouterr()), 'has no class BACK', str(few))
 
 def test_a_folder_without_a_run(tmp_path, capsys):
     refused(Run(main([str(tmp_path)]), *capsys.readouterr()), str(tmp_path))
