@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'NEXT', 'TAIL', 'FACTOR', 'P_COPY', 'pixel_extractor', 'layout_extractor', 'turns', 'nearest', 'relative',
-           'Below', 'below', 'tails', 'Near', 'place', 'copying_check', 'verdict', 'pairs_table', 'draw_pairs',
-           'save_copying']
+           'Below', 'below', 'tails', 'Near', 'place', 'copying_check', 'verdict', 'pairs_table', 'closest',
+           'draw_pairs', 'save_copying']
 
 # %% ../nbs/59_copying.ipynb #f2348f95
 import json
@@ -180,6 +180,16 @@ def pairs_table(
     parts = [pd.DataFrame(dict(space=s, path=paths, label=labels, relative=f.rho, distance=f.dist, train_path=np.array(train_paths)[f.row], turn=f.turn)) for s, (f, _) in places.items()]
     return pd.concat([p.sort_values('relative') for p in parts], ignore_index=True)
 
+# %% ../nbs/59_copying.ipynb #95bd6acd
+def closest(
+    near: Near,  # from `place`
+    k: int,  # how many
+) -> np.ndarray:  # positions, closest first; at most k
+    "The closest patches to different training patches."
+    order = np.argsort(near.rho)
+    first = np.unique(near.row[order], return_index=True)[1]
+    return order[np.sort(first)[:k]]
+
 # %% ../nbs/59_copying.ipynb #fa0d47da
 def draw_pairs(
     places: dict,  # from `copying_check`
@@ -197,7 +207,7 @@ def draw_pairs(
         axes = part.subplots(4, k, gridspec_kw=dict(hspace=0.35, top=0.86, bottom=0.02))
         for row, (near, p) in enumerate(zip(both, (fake, held))):
             for ax in axes[2 * row:2 * row + 2].flat: ax.axis('off')
-            for col, i in enumerate(np.argsort(near.rho)[:k]):
+            for col, i in enumerate(closest(near, k)):
                 axes[2 * row, col].imshow(turns(p.x[i:i + 1])[near.turn[i]][0])
                 axes[2 * row, col].set_title(f'{near.rho[i]:.2f}', fontsize=8)
                 axes[2 * row + 1, col].imshow(train.x[near.row[i]])
