@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 from .checkpoint import atomic_write
 from .data import to_float
 from .encoder import Encoder
-from .features import Extractor, FeatureCache, Patches, features, to_batch, weights_key
+from .features import Extractor, FeatureCache, Patches, content_id, features, to_batch, weights_key
 from .metrics import squared_distances
 
 # %% ../nbs/59_copying.ipynb #cb21473b
@@ -127,15 +127,21 @@ class Near(NamedTuple):
     turn: np.ndarray  # (N,) which turn of the patch it is near to; `turns`
 
 def place(
-    cache: FeatureCache,  # keeps the features
+    cache: FeatureCache,  # keeps what was found
     ex: Extractor,  # how to look
     x: np.ndarray,  # (N, R, R, 3) uint8
     train: np.ndarray,  # (M, d) features of the training patches
     units: np.ndarray,  # (M,) their families
 ) -> Near:
-    "Look, turn, compare."
-    dist, rows, turn = nearest([features(cache, ex, t) for t in turns(x)], train, 1 + 2 * NEXT)
-    return Near(dist[:, 0], relative(dist, rows, units), rows[:, 0], turn)
+    "Look at eight turns, compare; what is kept of a patch is its neighbours."
+    look = lambda t: ex.see(to_batch(t, ex.device)).float().cpu().numpy()
+    def find(k):
+        dist, rows, turn = nearest([look(t) for t in turns(x[k])], train, 1 + 2 * NEXT)
+        return np.concatenate([dist, rows, turn[:, None]], 1)
+    with torch.no_grad(): found = cache.get(f'{ex.name}-{ex.key}-near-{content_id(train)[:16]}', [content_id(p) for p in x], find)
+    n = found.shape[1] // 2
+    rows = found[:, n:-1].astype(int)
+    return Near(found[:, 0], relative(found[:, :n], rows, units), rows[:, 0], found[:, -1].astype(int))
 
 # %% ../nbs/59_copying.ipynb #61928803
 def copying_check(

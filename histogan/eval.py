@@ -52,8 +52,14 @@ def deal(
 ) -> np.ndarray:  # (N,) number of the part
     "Deal families to parts; the patches themselves where a class has too few families."
     rng, edges = np.random.default_rng(seed), np.cumsum(shares)[:-1]
-    luck = dict(zip(np.unique(units), rng.random(len(np.unique(units)))))
-    part = np.searchsorted(edges, [luck[u] for u in units])
+    known, unit = np.unique(units, return_inverse=True)
+    size, home = np.bincount(unit), pd.crosstab(unit, y).to_numpy().argmax(1)  # patches and main class of each family
+    of_unit = np.empty(len(known), int)
+    for h in np.unique(home):
+        mine = rng.permutation(np.flatnonzero(home == h))
+        middle = (np.cumsum(size[mine]) - size[mine] / 2) / size[mine].sum()
+        of_unit[mine] = np.searchsorted(edges, middle)
+    part = of_unit[unit]
     for c in np.unique(y):
         mine, want = np.flatnonzero(y == c), np.array(shares) * np.sum(y == c)
         if (np.bincount(part[mine], minlength=len(shares)) < want / 3).any():
