@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['agreement', 'spread', 'diversity', 'layout_correlation', 'frechet', 'Quality', 'quality', 'GatesConfig', 'shortfalls',
-           'score', 'GatesState', 'gates_update']
+           'score', 'GatesState', 'GatesVerdict', 'gates_update']
 
 # %% ../nbs/41_gates.ipynb #b8d147d8
 import math
@@ -136,16 +136,21 @@ class GatesState:
     best: float = math.inf  # lowest score
     best_step: int | None = None  # its step; None = nothing scored yet
 
+@dataclass(frozen=True)
+class GatesVerdict(Verdict):
+    "A verdict that carries the score."
+    score: float = math.nan  # as `score`; lower is better
+
 # %% ../nbs/41_gates.ipynb #c2e3837a
 def gates_update(
     cfg: GatesConfig,  # thresholds
     state: GatesState,  # before this checkpoint
     obs: tuple[int, Quality],  # step and figures
-) -> tuple[GatesState, Verdict]:  # action '', 'collapse' or 'repeated_layout'
+) -> tuple[GatesState, GatesVerdict]:  # action '', 'collapse' or 'repeated_layout'
     "Score a checkpoint and name what is wrong with it."
     step, q = obs
     value = score(cfg, q)
     if value < state.best: state = GatesState(value, step)
     low, high = min(sum(v) / len(v) for v in (q.features, q.pixels)), max(q.layout)
     action, seen, limit = ('collapse', low, cfg.collapse) if low < cfg.collapse else ('repeated_layout', high, cfg.max_layout) if high > cfg.max_layout else ('', value, None)
-    return state, Verdict('gates', step, seen, limit, bool(action), action, log=bool(action))
+    return state, GatesVerdict('gates', step, seen, limit, bool(action), action, log=bool(action), score=value)

@@ -7,11 +7,12 @@ __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLU
            'load_state_dict', 'build', 'pick_device', 'pick_amp', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
            'wants_encoder', 'see', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend',
            'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr',
-           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate', 'save',
-           'open_run', 'check_share', 'claim', 'phantom_root', 'total_steps', 'start_folder', 'resume_state',
-           'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped', 'catch_signals', 'batches', 'train',
-           'train_locked', 'open_log', 'note_down', 'opening_line', 'tick', 'record_events', 'stop_by_guard',
-           'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main', 'say']
+           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate', 'look',
+           'is_best', 'save', 'open_run', 'open_judge', 'check_share', 'claim', 'phantom_root', 'total_steps',
+           'start_folder', 'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped',
+           'catch_signals', 'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line', 'tick',
+           'record_events', 'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main',
+           'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
@@ -21,6 +22,7 @@ import contextlib, csv, dataclasses, errno, fcntl, json, math, os, resource, sig
 import numpy as np
 import torch
 from dataclasses import asdict, dataclass, field, replace
+from fastcore.basics import patch
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -33,10 +35,11 @@ from .data import InputError, load_manifest, open_data, save_manifest, to_float,
 from .discriminator import CombinedCondDiscriminator
 from .dist import Elsewhere, any_rank, average, from_first, gather, in_turn, local_rank, lost_peer, mine, on_first, processes, rank, whole, world
 from .encoder import load_encoder, why_no_encoder
-from .gates import frechet
+from .gates import GatesState, Quality, frechet, gates_update, quality
 from .generator import Generator, draw_crossover, draw_noise
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
                              ema_beta_at, ema_update, gate_update, lr_at, lr_tail_at, nonfinite_update, saturation_threshold, saturation_update, steps_differ)
+from .judge import judge_for
 from .losses import (LayoutTerm, PairTerm, RealStatsEMA, d_adversarial, d_weights, drift, feature_matching, g_adversarial, g_weights, layouts, mixing_reg,
                              pair_distance, pair_statistics, perceptual, r1_due, r1_penalty, r2_due, saturation, weigh)
 from .phantom import make_phantom
@@ -62,9 +65,11 @@ class TrainState:
     gate: GateState = GateState()  # alpha gate
     sat: SaturationState = SaturationState()  # saturation guard
     nonfinite: NonFiniteState = NonFiniteState()  # NaN guard
+    gates: GatesState = GatesState()  # best checkpoint by the gates
     step: int = 0  # D steps begun
     n_img: int = 0  # real images used
-    best: float = math.inf  # lowest metric so far
+    best: float = math.inf  # lowest distance so far, where that chooses
+    judge: object = None  # looks at checkpoints; not saved
 
     @property
     def device(self):
@@ -73,7 +78,7 @@ class TrainState:
 
 # %% ../nbs/52_train.ipynb #643f043b
 MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair', 'layout')
-GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState)
+GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState, gates=GatesState)
 NUMBERS = ('step', 'n_img', 'best')
 
 def state_dict(
@@ -494,6 +499,7 @@ class RunLog:
         cut_after(self.events, lambda line: json.loads(line)['step'] <= step)
         self.files = [open(p, 'a', newline='') for p in (self.csv, self.events)]
         self.writer = csv.DictWriter(self.files[0], COLUMNS, restval='', lineterminator='\n')
+        self.started, self.looked = time.monotonic(), 0.0  # seconds of this process, and of them spent on judging
 
     def row(self,
         values: dict,  # keys of COLUMNS; missing ones stay empty
@@ -512,6 +518,20 @@ class RunLog:
         for f in self.files:
             f.flush()
             os.fsync(f.fileno())
+
+# %% ../nbs/52_train.ipynb #92b83dc7
+@patch
+@contextlib.contextmanager
+def looking(self: RunLog):
+    "Count the time of a block as time spent on judging."
+    began = time.monotonic()
+    yield
+    self.looked += time.monotonic() - began
+
+@patch(as_prop=True)
+def share(self: RunLog) -> float:
+    "Judging's share of the time since the log was opened; [0, 1]."
+    return self.looked / max(time.monotonic() - self.started, 1e-9)
 
 # %% ../nbs/52_train.ipynb #6262c76c
 def cut_after(
@@ -573,20 +593,46 @@ def evaluate(
     fake = [judge(x).cpu() for x in sample(s.G_ema, y, seed=s.cfg.run.seed).split(64)]
     return frechet(torch.cat(real).numpy(), torch.cat(fake).numpy())
 
+# %% ../nbs/52_train.ipynb #e664cdb5
+@torch.no_grad()
+def look(
+    s: TrainState,  # read only
+) -> Quality:
+    "The judge's figures for as many samples as it has reals."
+    y = s.judge.reals[0][1]
+    return quality(s.judge, (sample(s.G_ema, y, seed=s.cfg.run.seed).cpu(), y), s.judge.reals)
+
+# %% ../nbs/52_train.ipynb #c6e75a13
+def is_best(
+    s: TrainState,  # best or gates change
+    data,  # what `open_data` gave
+    log: RunLog,  # events go there
+) -> dict | None:  # what the card shall say; None = an earlier one was better
+    "Score the averaged generator."
+    kind = s.cfg.run.best_metric
+    if kind == 'gates' and s.judge is not None:
+        q = look(s)
+        s.gates, v = gates_update(s.cfg.gates, s.gates, (s.step, q))
+        log.event(step=s.step, guard='gates', value=v.value, threshold=v.threshold, action=v.action or 'scored', score=v.score, quality=asdict(q))
+        return dict(metric='gates', value=v.score, quality=asdict(q)) if s.gates.best_step == s.step else None
+    if kind == 'none' or len(data.dataset('val')) < 2: return dict(metric='newest', value=None)
+    value = evaluate(s, data.loader_real_eval)
+    if not value < s.best: return None
+    s.best = value
+    return dict(metric='fd-random', value=value)
+
 # %% ../nbs/52_train.ipynb #d2b8a5ac
 def save(
-    s: TrainState,  # best may change
+    s: TrainState,  # best and gates may change
     folder: Path,  # of the run
     data,  # what `open_data` gave
     log: RunLog,  # flushed
     judge: bool = True,  # look whether this is the best model so far
 ) -> Path:  # the checkpoint
     "Best model, log, checkpoint, retention."
-    scored = judge and s.cfg.run.best_metric == 'fd' and len(data.dataset('val')) > 1  # else the newest is the best
-    value = evaluate(s, data.loader_real_eval) if scored else None
-    if judge and (not scored or value < s.best):
-        s.best = value if scored else s.best
-        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, metric='fd-random' if scored else 'newest', value=value, preset=s.cfg.preset)
+    with log.looking(): facts = is_best(s, data, log) if judge else None
+    if facts is not None:
+        card = generator_card(s.G_ema, s.classes, step=s.step, n_img=s.n_img, preset=s.cfg.preset, **facts)
         save_checkpoint(folder / 'checkpoints' / 'cgan_best_model.pt', dict(card=card, G_ema=s.G_ema.state_dict()))
     log.flush()
     path = save_checkpoint(checkpoint_path(folder, s.step), state_dict(s) | dict(sampler=data.sampler.state_dict()))
@@ -612,6 +658,16 @@ def open_run(
     else: on_first(start_folder, s, folder, data)
     from_first([t for m in (s.G, s.D, s.G_ema) for t in m.state_dict().values()])
     return s, data, folder
+
+# %% ../nbs/52_train.ipynb #fe205340
+def open_judge(
+    s: TrainState,  # read only
+    data,  # what `open_data` gave
+    folder: Path,  # of the run
+):  # a `Judge` in the first process, where gates choose the best model; else None
+    "Train the judge of the checkpoints, or take it from the cache."
+    if rank() or s.cfg.run.best_metric != 'gates' or s.step >= s.total: return None
+    return judge_for(data, folder.parent / 'cache', str(s.device))
 
 # %% ../nbs/52_train.ipynb #40ea3e9e
 def check_share(
@@ -786,6 +842,7 @@ def train_locked(
 ) -> TrainState:  # as `train`
     "The loop itself."
     s, data, folder = open_run(cfg, resume)
+    s.judge = open_judge(s, data, folder)
     log, steps, r = open_log(s, folder, data), batches(data), s.cfg.run
     bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05, disable=None if log else True)
     deadline = time.monotonic() + (r.max_hours or math.inf) * 3600
@@ -800,7 +857,7 @@ def train_locked(
             if last or s.step % r.sample_every == 0: on_first(draw_grid, s, folder)
             if last or due or leave: on_first(save, s, folder, data, log, judge=last or due)
             if leave and not last: raise Stopped(130, f'interrupted at step {s.step} and saved; go on with --resume {folder}')
-    if log: finish(s, folder)
+    if log: finish(s, folder, log)
     return s
 
 # %% ../nbs/52_train.ipynb #2f023963
@@ -898,11 +955,13 @@ def draw_grid(
 def finish(
     s: TrainState,  # at its last step
     folder: Path,  # of the run
+    log: RunLog,  # knows what judging took
 ) -> TrainState:  # `s`
     "Export the averaged generator, draw the curves, say where everything is."
     export_generator(folder / 'artifacts' / 'generator', s.G_ema, s.classes, step=s.step, n_img=s.n_img, preset=s.cfg.preset)
     plot_curves(folder)
-    print(f'done: {s.step} steps, {s.n_img} images, best metric {s.best:.4g}; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
+    best = f'best score {s.gates.best:.3g} at step {s.gates.best_step}' if s.gates.best_step else f'best metric {s.best:.4g}'
+    print(f'done: {s.step} steps, {s.n_img} images, {best}, judging took {log.share:.1%} of the time; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
     return s
 
 # %% ../nbs/52_train.ipynb #d941f14b
@@ -936,10 +995,10 @@ def mark_events(
     path: Path,  # events.jsonl
 ):
     "One thin line per guard event, coloured by guard."
-    colours = dict(gate='tab:green', saturation='tab:red', nonfinite='black')
+    colours = dict(gate='tab:green', saturation='tab:red', nonfinite='black', gates='tab:orange')
     for line in path.read_text().splitlines() if path.exists() else []:
         e = json.loads(line)
-        ax.axvline(e['step'], color=colours.get(e['guard'], 'tab:purple'), lw=0.6, alpha=0.6)
+        if e['action'] != 'scored': ax.axvline(e['step'], color=colours.get(e['guard'], 'tab:purple'), lw=0.6, alpha=0.6)
 
 # %% ../nbs/52_train.ipynb #0540f9e1
 def dry_run(
