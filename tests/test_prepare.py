@@ -283,3 +283,28 @@ def test_the_audit_in_a_browser(whole, tmp_path):
 def test_the_audit_is_the_same_twice_and_can_be_added_later(whole, tmp_path):
     store = shutil.copytree(whole, tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
     assert (P.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
+
+# ---- vectors of the reals, kept
+
+def test_kept_vectors_of_reals_change_nothing_but_the_cost(whole, tmp_path, capsys):
+    from dataclasses import replace
+    from histogan.config import parse_args
+    from histogan.train import batches, open_run, train_step
+    small = ['--preset', 'poc', '--data.root', str(whole), '--data.image-size', '32', '--encoder', 'random:0', '--g.fmap-base', '16', '--g.fmap-min', '8',
+             '--g.z-dim', '16', '--g.w-dim', '16', '--g.n-layers', '2', '--d.d-base-ch', '8', '--run.device', 'cpu']
+    def run(name, *more, p=0.):
+        s, data, _ = open_run(parse_args([*small, '--out', str(tmp_path/name), *more]).config)
+        calls, encode, steps, rows = [], s.encoder.encode, batches(data), []
+        s.encoder.encode = lambda x: (calls.append(len(x)), encode(x))[1]
+        s.ada = replace(s.ada, p=p)
+        for _ in range(3): x, y, _, ids = next(steps); rows.append(train_step(s, x, y, ids)[0]); s.ada = replace(s.ada, p=p)
+        return pd.DataFrame(rows), len(calls)
+    plain, cached = run('plain'), run('cached', '--encoder-cache')
+    assert (plain[1], cached[1]) == (6, 3)  # the fakes alone
+    assert (plain[0].g_perceptual > 0).all() and len(list((tmp_path/'cache').glob('features-*.npy'))) == 1
+    numbers = plain[0].select_dtypes('number').columns
+    np.testing.assert_allclose(cached[0][numbers], plain[0][numbers], rtol=1e-4, atol=1e-6)
+    assert run('moved', '--encoder-cache', p=.1)[1] == 6  # augmented: the encoder is asked
+    capsys.readouterr()
+    assert run('turned', '--encoder-cache', '--run.d4')[1] == 6
+    assert 'warning: encoder_cache: not used, because run.d4 turns every patch' in capsys.readouterr().err
