@@ -26,7 +26,7 @@ from .data import (RESIZE, SPLITS, STORE, STORE_FORMAT, THUMB, Inspected, InputE
                            _thumbnail, file_groups, is_store, load_manifest, load_store, near_duplicates, families, read_rgb, resize, scan, split, warn_line)
 from .page import figure, page, section, table, text, write_page
 from .quality import METRICS, NCT_THRESHOLDS, QualityFilter, batch_metrics, calibrate, jpeg_blockiness, load_thresholds, quality_metrics, reason_table
-from .stain import METHODS, StainConfig, StainNormalizer, pick_target
+from .stain import METHODS, UNAVAILABLE, StainConfig, StainNormalizer, pick_target
 
 # %% ../nbs/04_prepare.ipynb #e000f4ac
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Job(NamedTuple):
     image_size: int  # of the store; px
     method: str  # of stain normalisation, or none
     stain: StainConfig  # its constants
-    target: dict | None  # whose colours; from `StainNormalizer.state_dict`
+    target: dict | None  # whose colours; from `StainNormalizer.state_dict`; None: keep
 
 # %% ../nbs/04_prepare.ipynb #149e07b1
 def _square(img) -> np.ndarray:  # (S, S, 3)
@@ -140,7 +140,7 @@ def _square(img) -> np.ndarray:  # (S, S, 3)
 
 def _normalizer(job: Job) -> StainNormalizer | None:
     "The normaliser of a job, its target in place."
-    if job.method == 'none': return None
+    if not job.target: return None
     norm = StainNormalizer(job.method, job.stain); norm.load_state_dict(job.target)
     return norm
 
@@ -159,7 +159,7 @@ def look(
         img = read_rgb(path); x = _square(img)
         metrics = quality_metrics(x)
     except InputError as e: return Row(fault=str(e).removeprefix(f'{path}: ')), None
-    colour, why = x.sum((0, 1), dtype=np.int64) / (x.shape[0] * x.shape[1]), 'not asked for'
+    colour, why = x.sum((0, 1), dtype=np.int64) / (x.shape[0] * x.shape[1]), 'not asked for' if job.method == 'none' else UNAVAILABLE
     if len(x) > job.image_size: x = resize(x, job.image_size)
     if norm: x, report = norm.transform(x, report=True); why = report.reasons[0]
     x = np.ascontiguousarray(resize(x, job.image_size))
@@ -338,8 +338,8 @@ def _lost(part, n) -> list[int]:
 def _work(cfg, df, plan: Plan, part: Path, share: Share, progress: bool):
     "Our chunks that have no record yet; the first process then waits for all."
     chunks = range(-(-len(df) // CHUNK)); todo = [k for k in _lost(part, len(df)) if k % share.world == share.rank]
-    job = Job(str(part), cfg.image_size, plan.target['method'] if plan.target else 'none', cfg.stain, plan.target)
-    workers = cfg.workers or max((os.cpu_count() or 1) // share.world, 1)
+    job = Job(str(part), cfg.image_size, cfg.stain.method, cfg.stain, plan.target)
+    workers = cfg.workers or max((os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', share.world)), 1)
     mine = sum(len(df.path[k * CHUNK:(k + 1) * CHUNK]) for k in chunks if k % share.world == share.rank)
     left = sum(len(df.path[k * CHUNK:(k + 1) * CHUNK]) for k in todo)
     bar = tqdm(desc='preparing', total=mine, initial=mine - left, unit='patch', disable=None if progress and share.rank == 0 else True)

@@ -63,18 +63,18 @@ def speed(cache):
     few = Path(cache, 'few'); shutil.rmtree(few, ignore_errors=True)
     for f in scan(root).groupby('label').path.first(): (few/Path(f).parent.name).mkdir(parents=True); shutil.copy(f, few/Path(f).parent.name)
     for workers in ('1', '2'):
-        options = ('--workers', workers, '--val-frac', '0', '--test-frac', '0', '--quality.thresholds', 'none')
+        options = ('--workers', workers, '--val-frac', '0', '--test-frac', '0', '--quality.thresholds', 'calibrate')
         wall, cpu, *_ = prepared(root, out, *options)
         start, start_cpu, *_ = prepared(few, Path(cache, 'start'), *options)  # imports and choice of the target, paid once
         n = 900 - 9
-        print(f'speed: 900 patches of 224 px, quality, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
+        print(f'speed: 900 patches of 224 px, quality filter, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
               f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
               + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + f' (load {os.getloadavg()[0]:.1f})')
 
 def read(cache, batch=64, batches=20):
     "The same batches out of the store and out of the folders."
     root, out = patches(cache, 100, 224), Path(cache, 'speed')
-    if not out.exists(): prepared(root, out, '--workers', '2')
+    if not out.exists(): prepared(root, out, '--workers', '2', '--quality.thresholds', 'calibrate')
     store = load_store(out); df, classes = store.manifest, store.card['classes']
     rng, rates = np.random.default_rng(0), {}
     order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
@@ -114,9 +114,9 @@ def noise(cache, n, size=16):
 
 def memory(cache):
     small = ('--image-size', '16', '--stain.method', 'none')
-    for n, root, options in ((900, patches(cache, 100, 224), ()), *((n, noise(cache, n), small) for n in (2_000, 20_000, 100_000))):
+    for n, root, options in ((900, patches(cache, 100, 224), ('--quality.thresholds', 'calibrate')), *((n, noise(cache, n), small) for n in (2_000, 20_000, 100_000))):
         wall, _, own, every = prepared(root, Path(cache, 'memory'), '--workers', '2', *options, watch=True)
-        print(f"memory: {n:7,} patches{' of 224 px, Vahadane' if not options else ' of 16 px'}: at most {own:.0f} MiB in the first process, {every:.0f} MiB in all ({wall:.0f} s)", flush=True)
+        print(f"memory: {n:7,} patches{' of 224 px, Vahadane' if 'calibrate' in options else ' of 16 px'}: at most {own:.0f} MiB in the first process, {every:.0f} MiB in all ({wall:.0f} s)", flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
