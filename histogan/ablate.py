@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['D_WIDTH', 'PATH', 'NEIGHBOURS', 'ROWS', 'FIGURES', 'SHOWN', 'get', 'put', 'recipe', 'Step', 'Neighbour', 'times',
            'configurations', 'compared_with', 'judge_of', 'trained', 'look', 'write_whole', 'result_path', 'settings',
-           'finished', 'save_result', 'run_row', 'figures', 'table', 'shown', 'draw_table', 'sheet', 'write_summary',
-           'AblateArgs', 'Plan', 'plan', 'left', 'report', 'ablate', 'save_reals', 'main']
+           'present', 'save_result', 'run_row', 'figures', 'table', 'shown', 'draw_table', 'sheet', 'write_table',
+           'write_summary', 'AblateArgs', 'Plan', 'plan', 'left', 'report', 'ablate', 'save_reals', 'main']
 
 # %% ../nbs/54_ablate.ipynb #ee445cb5
 from .config import Config, PRESETS, differing, modern, suggestion, tyro_parse
@@ -202,19 +202,21 @@ def settings(
     flat = lambda d, where='': {k: v for name, value in d.items() for k, v in (flat(value, f'{where}{name}.') if isinstance(value, dict) else {where + name: value}).items()}
     return {k: v for k, v in json.loads(json.dumps(flat(asdict(cfg)))).items() if k not in ('out', 'preset')}
 
-def finished(
+def present(
     out: Path,  # of the ablation
-    name: str,  # row
-    seed: int,  # of the run
-    want: dict,  # as `settings`
-) -> dict | None:  # the result, or None: still to do
-    "A result that is there; InputError when it is of something else."
-    path = result_path(out, name, seed)
-    try: old = (found := json.loads(path.read_text()))['settings']
-    except FileNotFoundError: return None
-    except (ValueError, KeyError, TypeError): raise InputError(f'{path}: not a readable result; remove it and it is computed again') from None
-    other = [k for k in old.keys() | want if old.get(k) != want.get(k)]
-    if other: raise InputError(f'--out {out}: holds a result of {name} with {min(other)} {old.get(min(other))}, wanted is {want.get(min(other))}; choose another --out')
+    want: dict,  # row -> function of the seed giving `settings`
+) -> dict:  # (row, seed) -> result
+    "The results that are there; InputError when one is of something else."
+    found = {}
+    for path in sorted((out / 'results').glob('*-*.json')):
+        name, _, seed = path.stem.rpartition('-')
+        if name not in want or not seed.isdecimal(): continue
+        try: old = (result := json.loads(path.read_text()))['settings']
+        except (ValueError, KeyError, TypeError): raise InputError(f'{path}: not a readable result; remove it and it is computed again') from None
+        new = want[name](int(seed))
+        other = [k for k in old.keys() | new if old.get(k) != new.get(k)]
+        if other: raise InputError(f'--out {out}: holds a result of {name} with {min(other)} {old.get(min(other))}, wanted is {new.get(min(other))}; choose another --out')
+        found[name, int(seed)] = result
     return found
 
 # %% ../nbs/54_ablate.ipynb #335493bd
@@ -284,24 +286,27 @@ def table(
         out.append(dict(row=name, what=mine[0]['what'], seeds=len(mine), stopped=sum(r['stopped'] for r in mine)) | {k: v for c in f for k, v in ((c, middle[c]), (f'{c}_std', std[c]))})
     return pd.DataFrame(out).drop(columns='steps_std')
 
-# %% ../nbs/54_ablate.ipynb #553d8d25
+# %% ../nbs/54_ablate.ipynb #6eb76524
+def _cell(m, s, digits=2):
+    "Mean ± deviation, as far as they are known."
+    return '–' if pd.isna(m) else f'{m:.{digits}f}' + ('' if pd.isna(s) else f' ± {s:.{digits}f}')
+
 def shown(
     df: pd.DataFrame,  # from `table`, or read from ablation.csv
 ) -> pd.DataFrame:  # text
     "The table for people: mean ± deviation."
-    def cell(m, s, digits=2): return '–' if pd.isna(m) else f'{m:.{digits}f}' + ('' if pd.isna(s) else f' ± {s:.{digits}f}')
     out = {'row': df.row, 'what': df.what, 'seeds': [f'{n}' + f' ({k} stopped)' * (k > 0) for n, k in zip(df.seeds, df.stopped)]}
-    for k, title in FIGURES.items(): out[title] = [cell(m, s) for m, s in zip(df[k], df[f'{k}_std'])]
-    return pd.DataFrame(out | {'steps': df.steps.astype(int), 's': [cell(m, None, 0) for m in df.seconds]})
+    for k, title in FIGURES.items(): out[title] = [_cell(m, s) for m, s in zip(df[k], df[f'{k}_std'])]
+    return pd.DataFrame(out | {'agreement of G itself': [_cell(m, None) for m in df.agreement_G], 'steps': df.steps.astype(int), 's': [_cell(m, None, 0) for m in df.seconds]})
 
 # %% ../nbs/54_ablate.ipynb #0d88fda9
 def draw_table(
     df: pd.DataFrame,  # as `shown`
 ):  # matplotlib figure
-    "One panel per figure, rows from top to bottom, gates dotted."
+    "One panel per figure, rows from top to bottom; gates, relative to the row `reals`, dotted."
     import matplotlib.pyplot as plt
-    g, df = GatesConfig(), df.iloc[::-1]
-    limits = dict(agreement=[g.min_agreement], worst=[g.min_class_agreement], features=[g.min_diversity, g.max_diversity], pixels=[g.min_diversity, g.max_diversity],
+    g, df, real = GatesConfig(), df.iloc[::-1], df.agreement[df.row == 'reals'].max()
+    limits = dict(agreement=[g.min_agreement * real], worst=[g.min_class_agreement * real], features=[g.min_diversity, g.max_diversity], pixels=[g.min_diversity, g.max_diversity],
                   layout=[g.max_layout], fd=[g.max_fd_ratio])
     fig, axs = plt.subplots(1, len(FIGURES), figsize=(10, .9 + .19 * len(df)), sharey=True, layout='constrained')
     for ax, (k, title) in zip(axs, FIGURES.items()):
@@ -331,15 +336,23 @@ def sheet(
         ImageDraw.Draw(page).text((x + w // 2, y + head // 2), name, fill='black', font=font, anchor='mm')
     return page
 
-# %% ../nbs/54_ablate.ipynb #ba38ca3a
+# %% ../nbs/54_ablate.ipynb #e407abae
+def write_table(
+    out: Path,  # of the ablation
+    results: list[dict],  # all that are there
+) -> pd.DataFrame:  # the table
+    "ablation.csv alone."
+    df = table(results)
+    write_whole(out / 'ablation.csv', df.to_csv(index=False, float_format='%.4g').encode())
+    return df
+
 def write_summary(
     out: Path,  # of the ablation
     results: list[dict],  # all that are there
 ) -> pd.DataFrame:  # the table
     "ablation.csv, ablation.png, ablation_grids.jpg."
     import matplotlib.pyplot as plt
-    df = table(results)
-    write_whole(out / 'ablation.csv', df.to_csv(index=False, float_format='%.4g').encode())
+    df = write_table(out, results)
     fig = draw_table(df)
     fig.savefig(out / 'ablation.png', dpi=110)
     plt.close(fig)
@@ -409,20 +422,18 @@ def ablate(
     "Everything that is not there yet; then the table."
     out, p = Path(a.out), plan(a)
     configs = configurations(p.base)
-    cfg_of = lambda name, seed: put(configs[name], {'run.seed': seed})
     with locked(out):
-        done = {run: r for run in p.runs if (r := finished(out, *run, settings(cfg_of(*run))))}
-        judge = judge_of(p.base, out / 'cache', **p.judge)
-        print(f'judge: {judge.n_train} patches, accuracy {judge.accuracy:.3f} on {sum(len(y) for _, y in judge.reals)} others; {len(done)} of {len(p.runs)} runs are there', flush=True)
-        done['reals', 0] = save_reals(out, judge)
-        seconds = []
-        for name, seed in [r for r in p.runs if r not in done]:
+        done = present(out, {name: lambda seed, c=c: settings(put(c, {'run.seed': seed})) for name, c in configs.items()})
+        todo, judge, seconds = [r for r in p.runs if r not in done], judge_of(p.base, out / 'cache', **p.judge), []
+        print(f'judge: {judge.n_train} patches, accuracy {judge.accuracy:.3f} on {sum(len(y) for _, y in judge.reals)} others; {len(p.runs) - len(todo)} of {len(p.runs)} runs are there', flush=True)
+        results = [save_reals(out, judge), *done.values()]
+        for k, (name, seed) in enumerate(todo, 1):
             started, before = time.perf_counter(), compared_with(name)
-            done[name, seed] = run_row(out, name, cfg_of(name, seed), before and configs[before], judge, p.n)
+            results.append(run_row(out, name, put(configs[name], {'run.seed': seed}), before and configs[before], judge, p.n))
             seconds.append(time.perf_counter() - started)
-            report(done[name, seed], left(seconds, len(p.runs) + 1 - len(done)))
-            write_whole(out / 'ablation.csv', table(list(done.values())).to_csv(index=False, float_format='%.4g').encode())
-        return write_summary(out, list(done.values()))
+            report(results[-1], left(seconds, len(todo) - k))
+            write_table(out, results)
+        return write_summary(out, results)
 
 # %% ../nbs/54_ablate.ipynb #d40b1090
 def save_reals(

@@ -6,8 +6,8 @@
 __all__ = ['rank', 'world', 'local_rank', 'processes', 'forked', 'shard', 'gather', 'barrier', 'Elsewhere', 'on_first', 'in_turn',
            'any_rank', 'lost_peer', 'mine', 'whole', 'average', 'from_first']
 
-# %% ../nbs/06_dist.ipynb #641977f8
-import contextlib, datetime, multiprocessing, os, pickle, socket
+# %% ../nbs/06_dist.ipynb #2a290640
+import contextlib, datetime, multiprocessing, os, pickle, socket, time, uuid
 from .data import InputError
 
 # %% ../nbs/06_dist.ipynb #663d2693
@@ -25,7 +25,7 @@ def local_rank() -> int:  # 0 on each machine's first process; picks the GPU
     "The number of this process on its machine."
     return int(os.environ.get('LOCAL_RANK', 0))
 
-# %% ../nbs/06_dist.ipynb #f5dab8b3
+# %% ../nbs/06_dist.ipynb #998a049c
 @contextlib.contextmanager
 def processes(
     device: str = 'cpu',  # where this process computes; a torch device
@@ -38,9 +38,27 @@ def processes(
     import torch.distributed as dist
     if str(device).startswith('cuda'): _use_gpu(device)
     backend = 'cpu:gloo,cuda:nccl' if str(device).startswith('cuda') else 'gloo'
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=hours))
+    timeout = datetime.timedelta(hours=hours)
+    store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
+    store = dist.PrefixStore(_round(store), store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=timeout)
     try: yield
     finally: dist.destroy_process_group()
+
+# %% ../nbs/06_dist.ipynb #b52fd285
+def _round(store):
+    "A name that only the living processes share."
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f'hello/{rank()}', mine)
+        name = store.get(f'welcome/{mine}').decode()  # waits for the first process
+        store.set(f'here/{name}/{rank()}', '')
+        return name
+    for r in range(1, world()):
+        while not store.check([f'here/{mine}/{r}']):
+            store.set(f'welcome/{store.get(f"hello/{r}").decode()}', mine)
+            time.sleep(0.005)
+    return mine
 
 # %% ../nbs/06_dist.ipynb #4c5fc68c
 def _joined():
@@ -196,7 +214,7 @@ def average(
     dist.all_reduce(flat)
     for t, part in zip(tensors, (flat / world()).split([t.numel() for t in tensors])): t.detach().copy_(part.view(t.shape))
 
-# %% ../nbs/06_dist.ipynb #f902290e
+# %% ../nbs/06_dist.ipynb #aa6d43ec
 def from_first(
     tensors,  # any dtype; changed in place
 ):
@@ -204,6 +222,6 @@ def from_first(
     if world() == 1: return
     import torch, torch.distributed as dist
     for t in tensors:
-        raw = t.detach().contiguous().reshape(-1).view(torch.uint8)
+        raw = t.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
         dist.broadcast(raw, src=0)
         t.detach().copy_(raw.view(t.dtype).view(t.shape))

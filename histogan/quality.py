@@ -11,6 +11,7 @@ __all__ = ['MIN_SIDE', 'WHITE', 'GLASS', 'DARK', 'BRIGHT', 'RULES', 'BLOCKINESS'
 # %% ../nbs/02_quality.ipynb #0b0fbaaf
 import difflib, json, os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def _bordered(g):  # (N, H, W) uint8 -> (N, H + 2, W + 2) int16
 
 def _mean(x):  # (N, ...) integers -> (N,) float64
     "Means of integer maps, summed exactly."
-    return x.sum((1, 2), dtype=np.int64) / x[0].size
+    return x.sum((1, 2), dtype=np.int64) / (x.shape[1] * x.shape[2])
 
 # %% ../nbs/02_quality.ipynb #7cfff247
 def _lap_var(g):  # (N, H, W) uint8 -> (N,) float64
@@ -70,19 +71,21 @@ GLASS = 235  # grey value up to which a pixel absorbs; measured below on real pa
 DARK, BRIGHT = 5, 250  # the outer 2 % of 0…255: the scanner's range ends; decided
 
 # %% ../nbs/02_quality.ipynb #1c5a6484
-def _histogram(g):  # (N, H, W) uint8 -> (N, 256) float64
-    "Share of the pixels at each grey value."
-    return np.stack([np.bincount(x.ravel(), minlength=256) for x in g]) / g[0].size
+def _histogram(g):  # (N, H, W) uint8 -> (N, 256) int64
+    "Pixels at each grey value."
+    return np.array([np.bincount(x.ravel(), minlength=256) for x in g], np.int64).reshape(len(g), 256)
 
-def _entropy(p):  # (N, 256) -> (N,)
+def _entropy(n):  # (N, 256) counts -> (N,)
     "Bits per pixel of the grey histogram."
+    p = n / n.sum(1, keepdims=True)
     return np.abs((p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1))  # abs: no -0.0
 
 # %% ../nbs/02_quality.ipynb #0ef8dd72
-def _shares(p):  # (N, 256) -> white, saturated, tissue: (N,) each
-    "Cuts through the histogram."
-    cut = p.cumsum(1).clip(0, 1)
-    return 1 - cut[:, WHITE], cut[:, DARK] + 1 - cut[:, BRIGHT - 1], cut[:, GLASS]
+def _shares(n):  # (N, 256) counts -> white, saturated, tissue: (N,) each
+    "Cuts through the histogram, counted before they are divided: none is 0 and all is 1, exactly."
+    upto = n.cumsum(1)
+    whole = upto[:, -1]
+    return (whole - upto[:, WHITE]) / whole, (upto[:, DARK] + whole - upto[:, BRIGHT - 1]) / whole, upto[:, GLASS] / whole
 
 # %% ../nbs/02_quality.ipynb #8bef4141
 _NCT = dict(  # min lap_var, entropy; max white, sat; min tenengrad; max blockiness; min tissue: the seed, 224 px
@@ -121,7 +124,7 @@ def _block_dct(g):  # (N, H, W) uint8 -> (N,); NaN for a black image
     g = g[:, :8 * h, :8 * w]
     rows = g.reshape(n, h, 8, 8 * w).transpose(2, 0, 1, 3).astype(np.int16)  # (8, N, h, 8w)
     low = [c for r in _low_pair(rows) for c in _low_pair(r.reshape(n, h, w, 8).transpose(3, 0, 1, 2))]
-    energy = sum(np.square(c).reshape(n, -1).sum(1, dtype=np.float64) for c in low)
+    energy = sum(np.square(c).reshape(n, h * w).sum(1, dtype=np.float64) for c in low)
     with np.errstate(invalid='ignore'): return energy / np.square(g, dtype=np.int32).sum((1, 2), dtype=np.int64)
 
 # %% ../nbs/02_quality.ipynb #0ba05f06
@@ -141,9 +144,9 @@ def batch_metrics(
     imgs: np.ndarray,  # (N, H, W, 3) uint8, sides ≥ `MIN_SIDE`
 ) -> QualityMetrics:  # of (N,) float64
     "The eight metrics of a stack of patches of one size."
-    g = luminance(_stack(imgs)); p = _histogram(g)
-    white, sat, tissue = _shares(p)
-    return QualityMetrics(_lap_var(g), _entropy(p), _tenengrad(g), white, sat, _block_spatial(g), _block_dct(g), tissue)
+    g = luminance(_stack(imgs)); n = _histogram(g)
+    white, sat, tissue = _shares(n)
+    return QualityMetrics(_lap_var(g), _entropy(n), _tenengrad(g), white, sat, _block_spatial(g), _block_dct(g), tissue)
 
 # %% ../nbs/02_quality.ipynb #ebd5fe4c
 def quality_metrics(
@@ -190,6 +193,7 @@ def jpeg_blockiness(
 
 # %% ../nbs/02_quality.ipynb #f082b164
 _KINDS = ('limits', 'finite', 'always')
+_LARGEST = float(np.finfo(float).max)  # JSON's integers have no end
 _RANGES = dict(lap_var=(0, np.inf), entropy=(0, 8), white_ratio=(0, 1), sat_ratio=(0, 1), tenengrad=(0, np.inf), jpeg_blockiness=(-np.inf, np.inf), tissue_frac=(0, 1))
 
 # %% ../nbs/02_quality.ipynb #442f1395
@@ -209,9 +213,9 @@ class Thresholds:
         for key in LIMITS:
             v, (low, high) = getattr(self, key), _RANGES[key[4:]]
             if v is None: continue
-            if isinstance(v, bool) or not isinstance(v, (int, float)): raise ValueError(f'{key} must be a number or null, got {v!r}')
-            if not (np.isfinite(v) and low <= v <= high): raise ValueError(f'{key} must be finite and in [{low:g}, {high:g}], got {v!r}')
-        if self.rule not in _KINDS: raise ValueError(f'rule must be one of {", ".join(_KINDS)}, got {self.rule!r}')
+            if isinstance(v, bool) or not isinstance(v, (int, float)): raise ValueError(f'{key} must be a number or null, got {v!r:.40}')
+            if not (low <= v <= high and abs(v) <= _LARGEST): raise ValueError(f'{key} must be finite and in [{low:g}, {high:g}], got {v!r:.40}')
+        if self.rule not in _KINDS: raise ValueError(f'rule must be one of {", ".join(_KINDS)}, got {self.rule!r:.40}')
 
 # %% ../nbs/02_quality.ipynb #ff25eb4a
 LIMITS = tuple(f.name for f in fields(Thresholds) if f.name != 'rule')  # in the order of the seed's table
@@ -223,14 +227,20 @@ def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), list(map(str, known)), 1, .5)
     return f'; did you mean {close[0]}?' if close else ''
 
+def _shown(name) -> str:
+    "A key for a complaint of one line."
+    name = str(name)
+    return name if name.isprintable() and len(name) <= 60 else repr(name[:60])
+
 def _record(label, spec, where) -> Thresholds:
     "One class of a file, or an `InputError` that names the class and the key."
     if isinstance(spec, Thresholds): return spec
+    label = _shown(label)
     if not isinstance(spec, dict): raise InputError(f'{where}: class {label}: wants an object with {", ".join(LIMITS)}, got {spec!r:.40}')
     known = (*LIMITS, 'rule')
     for key in spec:
         near = _nearest(key, [k for k in known if k not in spec]) or f'; remove it (the keys are {", ".join(known)})'
-        if key not in known: raise InputError(f'{where}: class {label}: unknown key {key}{near}')
+        if key not in known: raise InputError(f'{where}: class {label}: unknown key {_shown(key)}{near}')
     for key in LIMITS:
         if key not in spec: raise InputError(f'{where}: class {label}: key {key} is missing; add it (null = no limit)')
     try: return Thresholds(**{'rule': RULES.get(label, 'limits')} | spec)
@@ -246,14 +256,14 @@ def as_thresholds(
     if not isinstance(spec, dict) or not spec: raise InputError(f'{where}: wants an object with one entry per class')
     table = {label: _record(label, t, where) for label, t in spec.items()}
     for label in classes:
-        if label not in table: raise InputError(f'{where}: class {label} is missing; add it or calibrate (there: {", ".join(table)})')
+        if label not in table: raise InputError(f'{where}: class {label} is missing; add it or calibrate (there: {", ".join(map(_shown, table))})')
     return table
 
 # %% ../nbs/02_quality.ipynb #08c29170
 def _once(pairs) -> dict:
     "JSON keeps the last of two equal keys in silence; we do not."
     twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
-    if twice: raise InputError(f'key {twice[0]} appears twice; keep one')
+    if twice: raise InputError(f'key {_shown(twice[0])} appears twice; keep one')
     return dict(pairs)
 
 def _no_constant(name): raise InputError(f'{name} is no number; write null for no limit')
@@ -267,7 +277,7 @@ def load_thresholds(
     try: spec = json.loads(Path(path).read_text(encoding='utf-8'), object_pairs_hook=_once, parse_constant=_no_constant)
     except InputError as e: raise InputError(f'{path}: {e}') from None
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror}); give a JSON file of thresholds') from None
-    except ValueError as e: raise InputError(f'{path}: is no JSON ({str(e)[:80]}); mend it') from None
+    except (ValueError, RecursionError) as e: raise InputError(f'{path}: is no JSON ({str(e)[:80]}); mend it') from None
     return as_thresholds(spec, classes, str(path))
 
 # %% ../nbs/02_quality.ipynb #c98759ba
@@ -280,6 +290,8 @@ def save_thresholds(
     text = json.dumps({c: asdict(t) for c, t in as_thresholds(thresholds).items()}, indent=2, allow_nan=False) + '\n'
     try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
     except OSError as e: raise InputError(f'{path}: cannot be written ({e.strerror}); choose another place') from None
+    finally:
+        with suppress(OSError): part.unlink()
     return path
 
 # %% ../nbs/02_quality.ipynb #e12cbaee

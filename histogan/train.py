@@ -1065,7 +1065,7 @@ def main(
         return 0
     except Elsewhere: return 2  # the first process has said why
     except InputError as e: return say(2, f'error: {e}')
-    except Stopped as e: return say(e.code, f'stopped: {e}')
+    except Stopped as e: return e.code if rank() else say(e.code, f'stopped: {e}')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         return say(2, f'error: {e.filename or "the run folder"}: the disk is full; free some space and go on with --resume')

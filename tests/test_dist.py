@@ -1,0 +1,110 @@
+"Several processes compute the run of one: under torchrun, with one killed, with another number of them."
+import json, os, signal, sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import ROOT, run_python
+from histogan.checkpoint import checkpoints, load_checkpoint
+from processes import Program, together, until
+
+TINY = ['--preset', 'poc', '--data.root', 'phantom', '--phantom.per-class', '8', '--data.image-size', '16', '--data.batch-size', '8', '--encoder', 'random:0',
+        '--g.fmap-base', '16', '--g.fmap-min', '8', '--g.z-dim', '16', '--g.w-dim', '16', '--g.n-layers', '2', '--d.d-base-ch', '8', '--optim.total-steps-estimate', '0', '--run.d4', '--run.n-eval', '18', '--run.threads', '1']
+ALL_ON = ['--ada.ada-freeze-until', '6', '--ada.ada-speed', '100', '--ada.acc-threshold', '-1', '--gate.alpha-freeze-until', '6', '--gate.acc-gate-hi', '0.2', '--gate.acc-gate-lo', '0.1',
+          '--gate.alpha-dalpha', '0.01', '--gate.alpha-tau', '5', '--loss.pair-weight', '0.5', '--data.pairs', '--sat.saturation-limit', '0.2', '--data.samples-per-class', '8']
+RUN = [*TINY, *ALL_ON, '--run.steps', '20', '--run.save-every', '5', '--run.sample-every', '20']
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): return tmp_path_factory.mktemp('shared')
+
+@pytest.fixture(scope='module')
+def alone(base):
+    "One process, batch 8."
+    done = Program([*RUN, '--out', base/'alone'], base/'alone.log')
+    assert done.wait() == 0, done.said
+    return pd.read_csv(base/'alone'/'metrics_gan.csv')
+
+DUMP = '''
+import json, os, sys
+from histogan.checkpoint import checksum
+from histogan.config import parse_args
+from histogan.train import state_dict, train
+args = parse_args(sys.argv[2:])
+s = train(args.config, resume=bool(args.resume))
+state = {k: v for k, v in state_dict(s).items() if k != 'best'}  # the first process alone looks for the best model
+os.makedirs(sys.argv[1], exist_ok=True)
+with open(os.path.join(sys.argv[1], os.environ['RANK']), 'w') as f: f.write(checksum(state))
+'''
+
+def torchrun(*args): return ['-m', 'torch.distributed.run', '--standalone', '--local-ranks-filter', '0', *args]
+
+def test_two_processes_of_four_are_one_of_eight(base, alone):
+    (base/'dump.py').write_text(DUMP)
+    done = run_python(torchrun('--nproc_per_node', 2, base/'dump.py', base/'sums', *RUN, '--out', base/'two'), cwd=base)
+    assert done.rc == 0, done.err
+    two = pd.read_csv(base/'two'/'metrics_gan.csv')
+    still = alone.step <= 5  # before ADA moves
+    np.testing.assert_allclose(two[still][['d_loss', 'g_loss']], alone[still][['d_loss', 'g_loss']], rtol=0, atol=1e-5)
+    assert (two.step == alone.step).all() and (two.n_img == alone.n_img).all() and two.n_img.iloc[-1] == 160
+    last = two.iloc[-1]  # everything took part
+    assert last.ada_p > 0 and last.alpha > 0 and last.gate_on in (0, 1) and last.lambda_perceptual < 0.01 and two.g_pair.max() > 0 and two.d_r1.max() > 0 and two.g_perceptual.max() > 0
+    np.testing.assert_allclose(two[['d_loss', 'g_loss', 'ada_p', 'alpha', 'acc_ema', 'fake_min', 'fake_max']], alone[['d_loss', 'g_loss', 'ada_p', 'alpha', 'acc_ema', 'fake_min', 'fake_max']], rtol=0, atol=1e-3)
+    sums = [(base/'sums'/str(r)).read_text() for r in (0, 1)]
+    assert len(sums[0]) == 64 and sums[0] == sums[1]  # both ranks: parameters, optimisers, averages, guards, to the last bit
+
+def test_a_run_goes_on_with_another_number_of_processes(base, alone):
+    first = together(2, [*RUN, '--out', base/'changed', '--run.max-hours', '0'], base/'changed.log', before=stop_at_ten)
+    assert [p.wait() for p in first] == [130, 130], first[0].said
+    second = together(4, ['--resume', base/'changed'], base/'changed.log')
+    assert [p.wait() for p in second] == [0] * 4, [p.said for p in second]
+    changed = pd.read_csv(base/'changed'/'metrics_gan.csv')
+    assert (changed.step == alone.step).all() and (changed.epoch == alone.epoch).all()
+    np.testing.assert_allclose(changed[['d_loss', 'g_loss', 'ada_p']], alone[['d_loss', 'g_loss', 'ada_p']], rtol=0, atol=1e-3)
+
+def stop_at_ten():
+    "One process of the two hears a signal at step 10; both must stop there."
+    import histogan.train as t
+    inner = t.train_step
+    def step(s, x, y):
+        if s.step == 9 and t.rank() == 1: os.kill(os.getpid(), signal.SIGTERM)
+        return inner(s, x, y)
+    t.train_step = step
+
+def test_a_batch_that_cannot_be_shared_and_a_taken_folder(base, alone):
+    odd = together(3, [*RUN, '--out', base/'odd'], base/'odd.log')
+    assert [p.wait() for p in odd] == [2] * 3 and 'error: --data.batch-size 8: cannot be shared by 3 processes in pairs; take a multiple of 6' in odd[0].said, odd[0].said
+    taken = together(2, [*RUN, '--out', base/'alone'], base/'taken.log')
+    assert [p.wait() for p in taken] == [2, 2] and 'already holds a run' in taken[0].said and taken[1].said == '', [p.said for p in taken]
+
+def test_a_killed_worker_comes_back(base, alone):
+    command = [*RUN, '--out', base/'elastic', '--resume', 'auto']
+    (base/'kill.py').write_text(KILL)
+    done = run_python(torchrun('--nproc_per_node', 2, '--max_restarts', 1, base/'kill.py', *command), cwd=base)
+    assert done.rc == 0, done.err
+    assert 'steps 0 to 20' in done.out and 'steps 10 to 20' in done.out, done.out
+    assert (base/'elastic'/'metrics_gan.csv').read_bytes() == (base/'two'/'metrics_gan.csv').read_bytes()  # as if nothing had happened
+    a, b = (load_checkpoint(checkpoints(base/run)[-1]) for run in ('elastic', 'two'))
+    assert all(torch.equal(a['G_ema'][k], b['G_ema'][k]) for k in a['G_ema']) and a['best'] == b['best']
+
+KILL = '''
+import os, signal, sys
+import histogan.train as t
+inner = t.train_step
+def step(s, x, y):
+    if s.step == 12 and t.rank() == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)
+    return inner(s, x, y)
+t.train_step = step
+sys.exit(t.main())
+'''
+
+def test_generate_shares_the_work(base, alone):
+    command = [base/'alone', '--per-class', '5', '--batch', '4']
+    one = Program([*command, '--out', base/'one'], base/'one.log', module='histogan.generate')
+    assert one.wait() == 0, one.said
+    many = together(3, [*command, '--out', base/'many'], base/'many.log', module='histogan.generate')
+    assert [p.wait() for p in many] == [0] * 3, many[0].said
+    files = lambda d: {str(p.relative_to(d)): p.read_bytes() for p in d.rglob('*') if p.is_file()}
+    assert files(base/'one') == files(base/'many') and len(files(base/'one')) == 9*5 + 2

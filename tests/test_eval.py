@@ -1,0 +1,239 @@
+"Evaluation in real processes: weights that are missing, wrong or hostile; what is computed again; copies that are found."
+import hashlib, io, json, os, pickle, re, shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+import histogan.eval as he
+import histogan.features as hf
+from conftest import Run, run_cli
+from histogan.data import InputError, read_rgb, to_float
+from histogan.encoder import random_encoder
+from histogan.eval import FIDLPIPSEvaluator, main
+from histogan.features import ALEXNET, INCEPTION, FeatureCache, Patches, encoder_extractor, features, inception_extractor, lpips_distance, lpips_network
+from histogan.metrics import frechet
+
+torch.set_num_threads(1)
+COLUMNS = ['set', 'class', 'metric', 'value', 'std', 'n', 'n_ref', 'extractor', 'resize', 'reference', 'note']
+
+def refused(done, *words, lines=1):
+    "Exit code 2 and `lines` lines of error, which together hold every word; no traceback."
+    said = [l for l in done.err.splitlines() if l.startswith('error: ')]
+    assert done.rc == 2 and len(said) == lines and 'Traceback' not in done.err, done.err
+    for w in words: assert w in '\n'.join(said), said
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run of two steps on the phantom at 32 px; its discriminator used random:0."
+    out = tmp_path_factory.mktemp('eval')/'run'
+    done = run_cli(['histogan.train', '--preset', 'smoke', '--phantom.per-class', '24', '--run.steps', '2', '--run.n-eval', '18', '--out', out])
+    assert done.rc == 0, done.err
+    return out
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path): monkeypatch.setenv('TORCH_HOME', str(tmp_path/'empty'))
+
+@pytest.fixture
+def evaluate(run, capsys):
+    "Evaluate in this process, where a second time costs no start."
+    def call(*options):
+        rc = main([str(run), '--per-class', '12', '--pairs', '6', *map(str, options)])
+        return Run(rc, *capsys.readouterr())
+    return call
+
+def passes(done): return int(re.search(r'features: (\d+) computed', done.out)[1])
+
+def test_a_run_is_evaluated_without_any_weights(run, tmp_path):
+    done = run_cli(['histogan.eval', run, '--per-class', '12', '--pairs', '6'], env={'TORCH_HOME': str(tmp_path)})
+    assert done.rc == 0, done.err
+    assert 'left out: FID needs' in done.err and 'left out: LPIPS needs' in done.err and 'closer to training patches' in done.out
+    df = pd.read_csv(run/'metrics'/'distribution.csv')
+    assert list(df) == COLUMNS and set(df.set) == {'synthetic', 'real', 'real half'} and len(set(df['class'])) == 10
+    assert 'FID' not in set(df.metric) and {'FD-cnn', 'KD-cnn', 'precision', 'recall', 'density', 'coverage', 'diversity'} == set(df.metric)
+    fd = df[(df.metric == 'FD-cnn') & (df['class'] == 'all')].set_index('set')
+    assert fd.value['synthetic'] > 3*fd.value['real'] and fd.n['synthetic'] == fd.n['real'] == 108  # two steps of training
+    assert 'fresh phantom' in fd.reference['synthetic'] and fd.note.str.contains('read the kernel distance').all()
+    record = json.loads((run/'metrics'/'eval.json').read_text())
+    assert record['extractors'][0]['note'].endswith('shares no patch with training') and len(record['generator']['weights']) == 16 and record['versions']['torch']
+    for name in ('copying.json', 'copying_pairs.csv', 'copying_pairs.png'): assert (run/'metrics'/name).stat().st_size
+
+def test_nothing_is_computed_twice(run, evaluate, no_weights):
+    evaluate()
+    again = evaluate()
+    assert again.rc == 0 and passes(again) == 0
+    table = (run/'metrics'/'distribution.csv').read_bytes()
+    patch = sorted(run.glob('synth/*/ADI/*.png'))[3]
+    whole = patch.read_bytes()
+    patch.unlink()
+    others = {p: p.read_bytes() for p in run.glob('synth/*/*/*.png')}
+    assert passes(evaluate()) == 0 and patch.read_bytes() == whole  # drawn again, and known
+    assert others == {p: p.read_bytes() for p in others} and (run/'metrics'/'distribution.csv').read_bytes() == table
+    Image.fromarray(255 - read_rgb(patch)).save(patch)
+    assert passes(evaluate('--no-copying')) == 1
+    patch.write_bytes(whole)
+    assert passes(evaluate()) == 0
+
+def test_two_processes_write_the_file_of_one(run, evaluate, tmp_path):
+    options = ['--per-class', '12', '--pairs', '6', '--seed', '9', '--no-copying']
+    done = run_cli(['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'histogan.eval', run, *options], env={'TORCH_HOME': str(tmp_path)})
+    assert done.rc == 0, done.err
+    assert passes(done) >= 108 and done.out.count('written:') == 1
+    table = pd.read_csv(run/'metrics'/'distribution.csv')
+    for file in (run.parent/'cache'/'features').rglob('*.npz'): file.unlink()
+    assert passes(evaluate('--seed', '9', '--no-copying')) > 108
+    pd.testing.assert_frame_equal(table, pd.read_csv(run/'metrics'/'distribution.csv'), rtol=1e-3, atol=1e-4)
+
+def test_an_interrupted_pass_goes_on(tmp_path):
+    encoder, images, seen = random_encoder(0), np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), []
+    ex = encoder_extractor(encoder, 'cnn')
+    def breaks(x):
+        seen.append(len(x))
+        if sum(seen) > 25: raise KeyboardInterrupt
+        return ex.see(x)
+    from dataclasses import replace
+    with pytest.raises(KeyboardInterrupt): features(FeatureCache(tmp_path, shard=10, batch=5), replace(ex, see=breaks), images)
+    cache = FeatureCache(tmp_path)
+    features(cache, ex, images)
+    assert (cache.computed, cache.reused) == (20, 20)
+
+def test_an_interruption_is_one_line(evaluate, no_weights, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(he, 'distribution', stop)
+    done = evaluate()
+    assert done.rc == 130 and done.err.splitlines()[-1].startswith('stopped: ')
+
+def test_an_encoder_of_the_discriminator_is_marked(run, evaluate, no_weights):
+    assert evaluate('--extractors', 'random:0', 'random:1', '--no-copying').rc == 0
+    df = pd.read_csv(run/'metrics'/'distribution.csv')
+    marked = df.note.fillna('').str.contains('seen in training').groupby(df.metric).any()
+    assert marked['FD-random-0'] and not marked['FD-random-1']
+
+def test_copies_are_found(run, evaluate, no_weights):
+    evaluate('--seed', '5')
+    assert json.loads((run/'metrics'/'copying.json').read_text())['verdict'] == 'no'
+    train = pd.read_csv(run/'artifacts'/'manifest.csv').query('split == "train"')
+    fakes = sorted(run.glob('synth/seed5-*/*/*.png'))
+    for i, (fake, source) in enumerate(zip(fakes[::4], train.path[::5])):  # every fourth patch: turned, mirrored, compressed
+        x, file = np.rot90(read_rgb(source)[:, ::-1] if i % 2 else read_rgb(source), i % 4), io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(x)).save(file, 'JPEG', quality=70)
+        Image.open(file).save(fake)
+    done, result = evaluate('--seed', '5'), json.loads((run/'metrics'/'copying.json').read_text())
+    assert result['verdict'] == 'yes' and ': yes' in done.out, result['sentence']
+    pairs = pd.read_csv(run/'metrics'/'copying_pairs.csv')
+    closest = pairs[pairs.space == 'pixels'].head(20)
+    assert set(closest.train_path) <= set(train.path[::5]) and {str(p.relative_to(run)) for p in fakes[::4]} >= set(closest.path)
+
+@pytest.mark.parametrize('options, words, lines', [
+    (['--extractors', 'inception'], ['FID needs', INCEPTION.names[0], '96 MB', '--inception PATH', '--allow-download'], 1),
+    (['--inception', 'nowhere.pth', '--lpips', 'yes'], ['is not at nowhere.pth', ALEXNET.names[0], '244 MB', '--alexnet PATH'], 2),
+    (['--extractors', 'pathoduet:nowhere.pth', 'timm:resnet18:gone.safetensors'], ['checkpoint_HE.pth', '343 MB', 'nowhere.pth', 'resnet18', '47 MB', 'gone.safetensors'], 2),
+    (['--extractors', 'clip'], ['--extractors clip'], 1), (['--real', 'nowhere'], ['nowhere'], 1), (['--per-class', '2'], ['--per-class 2'], 1),
+    (['--device', 'cuda:7'], ['--device cuda:7'], 1), (['--per-clas', '12'], ['--per-class'], 1)])
+def test_what_is_missing_is_said_before_any_work(options, words, lines, run, evaluate, no_weights):
+    before = {p: p.stat().st_mtime_ns for p in run.parent.rglob('*')}
+    refused(evaluate(*options, '--seed', '77') if '--per-class' not in options else evaluate(*options), *words, lines=lines)
+    assert before == {p: p.stat().st_mtime_ns for p in run.parent.rglob('*')}
+
+def test_a_run_that_set_nothing_aside_needs_a_folder(run, tmp_path, capsys):
+    poor = tmp_path/'run'
+    shutil.copytree(run, poor)
+    config = json.loads((poor/'config.json').read_text())
+    config['data']['root'] = 'elsewhere'  # not the phantom: nothing can be drawn afresh
+    (poor/'config.json').write_text(json.dumps(config))
+    manifest = pd.read_csv(poor/'artifacts'/'manifest.csv')
+    manifest.assign(split='train').to_csv(poor/'artifacts'/'manifest.csv', index=False)
+    refused(Run(main([str(poor), '--lpips', 'no']), *capsys.readouterr()), '--real FOLDER')
+    few = tmp_path/'few'
+    (few/'ADI').mkdir(parents=True)
+    shutil.copy(manifest.path[0], few/'ADI')
+    refused(Run(main([str(poor), '--real', str(few)]), *capsys.readouterr()), 'has no class BACK', str(few))
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    refused(Run(main([str(tmp_path)]), *capsys.readouterr()), str(tmp_path))
+
+def inception_state(seed=0):
+    "Random weights in exactly the layout of the published file."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    class Bare(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state): pass
+    empty = io.BytesIO()
+    torch.save({}, empty), empty.seek(0)
+    gen = torch.Generator().manual_seed(seed)
+    net = Bare('bare', ['2048'], feature_extractor_weights_path=empty)
+    return {k: torch.randn(v.shape, generator=gen)*(2/max(v[0].numel(), 1))**.5 if v.ndim > 1 else v for k, v in net.state_dict().items()}
+
+@pytest.fixture(scope='module')
+def inception(tmp_path_factory):
+    "That state as a file, and what its publication would have said."
+    path = tmp_path_factory.mktemp('inception')/INCEPTION.names[0]
+    torch.save(inception_state(), path)
+    return path, INCEPTION._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+def test_inception_gives_fid(inception, tmp_path):
+    path, published = inception
+    assert len(inception_state()) == 94*6 + 2  # 94 convolutions with their normalisation, one linear layer
+    ex, rng = inception_extractor(path, published=published), np.random.default_rng(0)
+    sets = [Patches(rng.integers(0, high, (12, 32, 32, 3), np.uint8), np.repeat(['A', 'B'], 6), 'reference') for high in (256, 128)]
+    rows = pd.DataFrame(FIDLPIPSEvaluator(FeatureCache(tmp_path, batch=12), [ex], pairs=4).rows('synthetic', *sets, ['A', 'B']))
+    assert {'FID', 'KID'} <= set(rows.metric) and not rows.metric.str.startswith('FD').any() and rows.resize[0] == '32 px, then 299 px, bilinear as in TensorFlow 1'
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    theirs = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=str(path))
+    x = torch.from_numpy(sets[0].x[:4]).permute(0, 3, 1, 2)
+    assert_close(ex.see(x), theirs(x)[0])
+
+class Bomb:
+    def __init__(self, flag): self.flag = flag
+    def __reduce__(self): return os.mkdir, (str(self.flag),)
+
+def test_wrong_weights_are_refused_before_they_are_opened(inception, tmp_path, evaluate, monkeypatch):
+    path, published = inception
+    def opened(*a, **k): raise AssertionError('it was opened')
+    monkeypatch.setattr(hf, 'read_tensors', opened)
+    with pytest.raises(InputError, match='is not the published file'): inception_extractor(path)
+    refused(evaluate('--inception', path), 'is not the published file', INCEPTION.sha256[:16])
+    monkeypatch.undo()
+    hostile = tmp_path/'hostile.pth'
+    hostile.write_bytes(pickle.dumps(Bomb(tmp_path/'ran')))
+    sha = hashlib.sha256(hostile.read_bytes()).hexdigest()
+    with pytest.raises(InputError, match='refused'): inception_extractor(hostile, published=published._replace(sha256=sha))  # even with the right checksum
+    assert not (tmp_path/'ran').exists()
+    other = tmp_path/'other.pth'
+    torch.save({'fc.weight': torch.zeros(3)}, other)
+    with pytest.raises(InputError, match='does not hold the tensors of Inception'): inception_extractor(other, published=published._replace(sha256=hashlib.sha256(other.read_bytes()).hexdigest()))
+
+def test_frechet_is_that_of_torchmetrics():
+    encoder, rng = random_encoder(0), np.random.default_rng(0)
+    class Net(torch.nn.Module):
+        num_features = 96
+        def forward(self, x): return encoder(to_float(x))
+    real, fake = (torch.from_numpy(rng.integers(0, high, (300, 3, 16, 16), np.uint8)) for high in (256, 200))
+    fid = FrechetInceptionDistance(feature=Net()).set_dtype(torch.float64)
+    fid.update(real, real=True), fid.update(fake, real=False)
+    ours = frechet(*(encoder(to_float(x)).numpy() for x in (real, fake)))
+    assert ours == pytest.approx(float(fid.compute()), rel=1e-4)
+
+def alexnet(shared): return shared/'weights'/'hub'/'checkpoints'/ALEXNET.names[0]
+
+def test_lpips_gives_the_known_values(shared):
+    gen = torch.Generator().manual_seed(42)
+    a, b = (torch.rand(2, 3, 100, 100, generator=gen)*2 - 1 for _ in range(2))
+    assert_close(lpips_network(alexnet(shared))(a, b).flatten(), torch.tensor([0.131169, 0.141963]), atol=2e-6, rtol=0)
+    x = torch.randint(0, 256, (2, 3, 32, 32), generator=gen, dtype=torch.uint8)
+    assert lpips_distance(alexnet(shared))(x, x).abs().max() == 0
+
+def test_lpips_tells_repeated_patches(run, evaluate, shared, no_weights):
+    assert evaluate('--alexnet', alexnet(shared), '--no-copying').rc == 0
+    again = evaluate('--alexnet', alexnet(shared), '--no-copying')
+    df = pd.read_csv(run/'metrics'/'distribution.csv')
+    lpips = df[(df.metric == 'LPIPS') & (df['class'] == 'all')].set_index('set').value
+    assert passes(again) == 0 and lpips['real'] > 0.05
+    x = next(p for p in [np.stack([read_rgb(f) for f in sorted(run.glob('synth/seed0-*/LYM/*.png'))])])
+    few = Patches(x[np.arange(12)//6], np.repeat('LYM', 12))  # two patches, six times each
+    ev = FIDLPIPSEvaluator(FeatureCache(run.parent/'x'), [], lpips_distance(alexnet(shared)), pairs=30)
+    whole, repeated = (ev.diversity(ev.lpips, p, ['LYM'])[0]['value'] for p in (Patches(x, np.repeat('LYM', 12)), few))
+    assert repeated < 0.8*whole
