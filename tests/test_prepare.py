@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import histogan.audit as A
 import histogan.prepare as P
 from conftest import ROOT, Run, run_cli
 from histogan.data import HistoDataset, InputError, StoreImages, is_store, load_store, read_rgb, scan, verify_store
@@ -227,7 +228,7 @@ def test_groups_of_a_table_are_never_divided(shared, tmp_path):
     d = shared/'data'; options = dict(image_size=32, stain=P.StainOptions(method='none'), manifest=str(d/'histo5_128/MANIFEST.csv'), group_column='group')
     m = load_store(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
     assert len(m) == 1800 and m.groupby('group').split.nunique().max() == 1 and set(m.split) == {'train', 'val', 'test'}
-    copies = P.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
+    copies = A.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
     assert list(copies) == ['pairs', 'across classes', 'across groups', 'across splits']
 
 def test_the_real_patches_as_they_are(shared, tmp_path):
@@ -270,7 +271,7 @@ def browse(page, tmp_path, *flags):
 @pytest.mark.skipif(not BROWSER, reason='no Chromium')
 def test_the_audit_in_a_browser(whole, tmp_path):
     store = shutil.copytree(whole, tmp_path/'s')
-    html = P.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
+    html = A.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
     out, said = browse(store/'audit.html', tmp_path, '--dump-dom')
     assert said == [] and out.count('<img') == 10  # nine classes, one chart
     script = "<script>document.title = [...document.images].filter(i => i.naturalWidth > 100).length + ' of ' + document.images.length + (document.documentElement.scrollWidth > innerWidth ? ' too wide' : '')</script>"
@@ -280,9 +281,12 @@ def test_the_audit_in_a_browser(whole, tmp_path):
     assert any('Content Security Policy' in l for l in browse(probe, tmp_path, '--dump-dom')[1])  # what a fault looks like
     assert n['kept'] == 810 and set(n['classes']) == set(load_store(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
 
-def test_the_audit_is_the_same_twice_and_can_be_added_later(whole, tmp_path):
-    store = shutil.copytree(whole, tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
-    assert (P.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
+def test_the_audit_can_be_added_later_and_is_the_same_twice(patches, whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path/'s'); card = (store/'prepare.json').read_bytes()
+    done = run_cli(['histogan.prepare', patches, '--out', store, *SMALL, '--audit'])
+    assert done.rc == 0 and 'audit.html' in done.out and done.err == '' and (store/'prepare.json').read_bytes() == card, done.err
+    first = (store/'audit.html').read_bytes(), (store/'audit.json').read_bytes()
+    assert (A.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
 
 # ---- vectors of the reals, kept
 
