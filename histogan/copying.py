@@ -74,19 +74,14 @@ def nearest(
 NEXT = 20  # further neighbours that set the scale; decided
 
 def relative(
-    dist: np.ndarray,  # (N, k) from `nearest`
-    rows: np.ndarray,  # (N, k) from `nearest`
-    units: np.ndarray,  # (M,) family of each training patch
+    dist: np.ndarray,  # (N, k) from `nearest`, ascending
 ) -> np.ndarray:  # (N,) in [0, 1]; 1 = no nearer than the next ones
-    "Distance of the nearest over the mean of the next, relatives of the nearest left out."
+    "Distance of the nearest over the mean of the next."
     if dist.shape[1] < 2: raise ValueError('a relative distance takes at least two training patches')
-    other = units[rows] != units[rows[:, :1]]
-    other[~other.any(1), 1:] = True  # a set of one family
-    other &= np.cumsum(other, 1) <= NEXT
-    return dist[:, 0] / np.maximum((dist * other).sum(1) / other.sum(1), 1e-12)
+    return dist[:, 0] / np.maximum(dist[:, 1:NEXT + 1].mean(1), 1e-12)
 
 # %% ../nbs/59_copying.ipynb #e1e98a98
-TAIL, FACTOR, P_COPY = 0.05, 2.0, 1e-4  # of held-out reals; times their share; probability; decided
+TAIL, FACTOR, P_COPY = 0.05, 4.0, 1e-4  # of held-out reals; times their share; probability; measured above
 
 class Below(NamedTuple):
     "How many fakes lie below a value that few held-out reals do."
@@ -131,17 +126,16 @@ def place(
     ex: Extractor,  # how to look
     x: np.ndarray,  # (N, R, R, 3) uint8
     train: np.ndarray,  # (M, d) features of the training patches
-    units: np.ndarray,  # (M,) their families
 ) -> Near:
     "Look at eight turns, compare; what is kept of a patch is its neighbours."
     look = lambda t: ex.see(to_batch(t, ex.device)).float().cpu().numpy()
     def find(k):
-        dist, rows, turn = nearest([look(t) for t in turns(x[k])], train, 1 + 2 * NEXT)
+        dist, rows, turn = nearest([look(t) for t in turns(x[k])], train, 1 + NEXT)
         return np.concatenate([dist, rows, turn[:, None]], 1)
-    with torch.no_grad(): found = cache.get(f'{ex.name}-{ex.key}-near-{content_id(train)[:16]}', [content_id(p) for p in x], find)
+    with torch.no_grad(): found = cache.get(f'{ex.name}-{ex.key}-near{NEXT}-{content_id(train)[:16]}', [content_id(p) for p in x], find)
     n = found.shape[1] // 2
     rows = found[:, n:-1].astype(int)
-    return Near(found[:, 0], relative(found[:, :n], rows, units), rows[:, 0], found[:, -1].astype(int))
+    return Near(found[:, 0], relative(found[:, :n]), rows[:, 0], found[:, -1].astype(int))
 
 # %% ../nbs/59_copying.ipynb #61928803
 def copying_check(
@@ -150,13 +144,12 @@ def copying_check(
     fake: Patches,  # drawn
     held: Patches,  # reals that were not trained on
     train: Patches,  # what was trained on
-    units: np.ndarray,  # (M,) families of the training patches
 ) -> tuple[dict, dict]:  # copying.json; space -> (Near of fakes, of held)
     "Are fakes closer to training patches than held-out reals are?"
     spaces, places = {}, {}
     for ex in extractors:
         known = features(cache, ex, train.x)
-        f, h = places[ex.name] = tuple(place(cache, ex, p.x, known, units) for p in (fake, held))
+        f, h = places[ex.name] = tuple(place(cache, ex, p.x, known) for p in (fake, held))
         found = tails(f.rho, h.rho)
         per = {c: dict(n=int((fake.y == c).sum()), share=float((f.rho[fake.y == c] < found['twentieth'].threshold).mean())) for c in dict.fromkeys(fake.y)}
         spaces[ex.name] = dict(looks_at=ex.resize, **{k: t._asdict() for k, t in found.items()}, median_distance=float(np.median(f.dist)), median_distance_held=float(np.median(h.dist)),

@@ -70,7 +70,6 @@ def deal(
 class Reals(NamedTuple):
     "All reals of an evaluation."
     train: Patches  # what the generator learnt from
-    units: np.ndarray  # (N,) family of each of them
     paths: list[str]  # (N,) file of each of them
     halves: tuple[Patches, Patches]  # training reals that the judge has not seen
     judge: Patches  # what the judge learns from
@@ -140,7 +139,7 @@ def open_reals(
     if not len(reference.y): raise InputError('the run set no patches aside to compare with; give --real FOLDER with a folder per class')
     part = deal(train.y, units, (0, .5, .5) if fresh else (.5, .25, .25), seed)
     judge = fresh[0] if fresh else train.take(part == 0, half_name(train.y, units, part))
-    return Reals(train, units, data.dataset('train').paths, (train.take(part == 1), train.take(part == 2)), judge, reference, together([val, test, reference]))
+    return Reals(train, data.dataset('train').paths, (train.take(part == 1), train.take(part == 2)), judge, reference, together([val, test, reference]))
 
 # %% ../nbs/60_eval.ipynb #e574cbbf
 def half_name(
@@ -395,7 +394,7 @@ def check_copies(
     reals: Reals,  # from `open_reals`
 ) -> str:  # the verdict
     "The copying check, with its files."
-    result, places = copying_check(cache, [pixel_extractor(), layout_extractor(judge, 'cnn')], fake, reals.held, reals.train, reals.units)
+    result, places = copying_check(cache, [pixel_extractor(), layout_extractor(judge, 'cnn')], fake, reals.held, reals.train)
     (folder / 'metrics').mkdir(exist_ok=True)
     on_first(save_copying, folder / 'metrics', result, pairs_table(places, fake.y, paths, reals.paths), draw_pairs(places, fake, reals.held, reals.train))
     return result['sentence']

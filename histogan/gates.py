@@ -101,11 +101,13 @@ class GatesConfig:
     max_layout: float = 0.2  # worst class; (0, 1]; modern
     max_fd_ratio: float = 5.0  # over that between reals; ≥ 1; modern
     collapse: float = 0.5  # diversity that counts as collapse; ≥ 0; measured below
+    tie: float = 0.15  # scores this near are equal, the newer wins; ≥ 0; measured below
 
     def __post_init__(self):
         if not (0 <= self.min_agreement <= 1 and 0 <= self.min_class_agreement <= 1): raise ValueError('gates.min_agreement and gates.min_class_agreement must lie in [0, 1]')
         if not 0 <= self.collapse <= self.min_diversity < self.max_diversity: raise ValueError('gates need 0 ≤ collapse ≤ min_diversity < max_diversity')
         if not 0 < self.max_layout <= 1: raise ValueError('gates.max_layout must lie in (0, 1]')
+        if not 0 <= self.tie < math.inf: raise ValueError('gates.tie must be finite and ≥ 0')
         if not self.max_fd_ratio >= 1: raise ValueError('gates.max_fd_ratio must be ≥ 1')
 
 # %% ../nbs/41_gates.ipynb #3b994c3d
@@ -133,8 +135,8 @@ def score(
 @dataclass(frozen=True)
 class GatesState:
     "The best checkpoint so far: JSON-able."
-    best: float = math.inf  # lowest score
-    best_step: int | None = None  # its step; None = nothing scored yet
+    best: float = math.inf  # lowest score so far
+    best_step: int | None = None  # newest step that ties with it; None = none yet
 
 @dataclass(frozen=True)
 class GatesVerdict(Verdict):
@@ -150,7 +152,8 @@ def gates_update(
     "Score a checkpoint and name what is wrong with it."
     step, q = obs
     value = score(cfg, q)
-    if value < state.best: state = GatesState(value, step)
+    lowest = min(value, state.best) if value == value else state.best
+    if value <= (1 + cfg.tie) * lowest: state = GatesState(lowest, step)
     low, high = min(sum(v) / len(v) for v in (q.features, q.pixels)), max(q.layout)
     action, seen, limit = ('collapse', low, cfg.collapse) if low < cfg.collapse else ('repeated_layout', high, cfg.max_layout) if high > cfg.max_layout else ('', value, None)
     return state, GatesVerdict('gates', step, seen, limit, bool(action), action, log=bool(action), score=value)

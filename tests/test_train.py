@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, Run, run_cli, run_python
-from histogan.train import locked, main
+from histogan.train import main
 
 TINY = ['--preset', 'smoke', '--data.image-size', '16', '--data.batch-size', '4', '--run.n-eval', '18']
 
@@ -129,10 +129,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(how, patch
     said = capsys.readouterr()
     assert newest.name in said.err and 'steps 3 to 6' in said.out, said
     assert (run/'metrics_gan.csv').read_bytes() == before
-
-def test_two_runs_in_one_folder(patches, tmp_path, capsys):
-    with locked(tmp_path/'run'): rc = main([*TINY, '--data.root', str(patches), '--out', str(tmp_path/'run')])
-    refused(Run(rc, *capsys.readouterr()), 'another process')
 
 def test_resume_refuses_another_configuration(patches, tmp_path):
     assert train('--data.root', patches, '--out', tmp_path/'run', '--run.steps', '2').rc == 0
