@@ -21,8 +21,8 @@ import pandas as pd
 import tyro
 from PIL import Image
 from tqdm.auto import tqdm
-from .data import (RESIZE, SPLITS, STORE, STORE_FORMAT, THUMB, Inspected, InputError, _check_split, _named, _pixel_hash,
-                           _thumbnail, file_groups, is_store, load_manifest, load_store, near_duplicates, read_rgb, resize, scan, split, warn_line)
+from .data import (RESIZE, SPLITS, STORE, STORE_FORMAT, THUMB, Inspected, InputError, _check_split, _file_hash, _named, _store_card, _pixel_hash,
+                           _thumbnail, file_groups, is_store, load_manifest, near_duplicates, read_rgb, resize, scan, split, warn_line)
 from .quality import METRICS, NCT_THRESHOLDS, QualityFilter, calibrate, jpeg_blockiness, load_thresholds, quality_metrics
 from .stain import METHODS, UNAVAILABLE, StainConfig, StainNormalizer, pick_target
 
@@ -345,15 +345,22 @@ def _work(cfg, df, plan: Plan, part: Path, share: Share, progress: bool):
         for n in _run_chunks(job, todo, df.path.tolist(), workers): bar.update(n)
     if share.rank == 0 and share.world > 1: _wait('the other processes', lambda: not _lost(part, len(df)), lambda: len(_lost(part, len(df))))
 
-# %% ../nbs/04_prepare.ipynb #31ed3adc
-def _collect(part, df) -> tuple[pd.DataFrame, np.ndarray]:  # the table of all records; (N, 32, 32) uint8, mapped
+# %% ../nbs/04_prepare.ipynb #7f87a8b8
+class _Thumbs:
+    "(N, 32, 32) uint8 in a file; the mapping is given up after each reading."
+    def __init__(self, path, n): self.path, self.n = path, n
+    def __len__(self): return self.n
+    def __getitem__(self, rows): return np.array(np.memmap(self.path, np.uint8, 'r', shape=(self.n, THUMB, THUMB))[rows])
+
+def _collect(part, df) -> tuple[pd.DataFrame, _Thumbs]:
     "All records, in order."
-    thumbs, rows = np.lib.format.open_memmap(os.path.join(part, 'thumbs.npy'), 'w+', np.uint8, (len(df), THUMB, THUMB)), []
-    for k in range(-(-len(df) // CHUNK)):
-        with np.load(_record_path(part, k), allow_pickle=False) as r:
-            thumbs[k * CHUNK:k * CHUNK + len(r['thumb'])] = r['thumb']
-            rows.append(pd.DataFrame({c: r[c] for c in ('fault', 'width', 'height', 'mode', 'sha256', 'stored', 'stain')})
-                        .assign(**dict(zip(('red', 'green', 'blue'), r['colour'].T)), **dict(zip(METRICS, r['metrics'].T))))
+    thumbs, rows = _Thumbs(os.path.join(part, 'thumbs'), len(df)), []
+    with open(thumbs.path, 'wb') as f:
+        for k in range(-(-len(df) // CHUNK)):
+            with np.load(_record_path(part, k), allow_pickle=False) as r:
+                f.write(r['thumb'])
+                rows.append(pd.DataFrame({c: r[c] for c in ('fault', 'width', 'height', 'mode', 'sha256', 'stored', 'stain')})
+                            .assign(**dict(zip(('red', 'green', 'blue'), r['colour'].T)), **dict(zip(METRICS, r['metrics'].T))))
     return pd.concat([df.reset_index(drop=True), pd.concat(rows, ignore_index=True)], axis=1), thumbs
 
 # %% ../nbs/04_prepare.ipynb #baeabdd6
@@ -404,13 +411,6 @@ def _dealt(cfg, df, thumbs, copies) -> pd.DataFrame:  # with unit and split, emp
 COLUMNS = ('path', 'label', 'root', 'group', 'split', 'kept', 'why', 'stain', 'width', 'height', 'mode', 'sha256', 'stored', 'unit',
            'red', 'green', 'blue', *METRICS, 'jpeg_blockiness')  # of manifest.csv, in this order
 
-def _file_hash(path) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file, a mebibyte at a time."
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while data := f.read(2**20): h.update(data)
-    return h.hexdigest()
-
 def _write_table(df, path):
     "A table, on the disk before anything refers to it."
     with open(path, 'w', encoding='utf-8', newline='') as f: df.to_csv(f, index=False); f.flush(); os.fsync(f.fileno())
@@ -446,7 +446,7 @@ def _finish(cfg, df, base, plan, part: Path, out: Path):
 def _whole(cfg, df, base, out) -> bool:
     "Is the store there already? Another one is refused."
     if not is_store(out): return False
-    card = load_store(out).card
+    card = _store_card(out)
     same = card['key'] == _work_key(cfg, df, base) and card['config'] == json.loads(json.dumps(_options(cfg)))
     if not same: raise InputError(f'--out {out}: holds a store of other files or options; choose another folder, or remove it')
     shutil.rmtree(Path(out, '.part'), ignore_errors=True)  # killed in its very last step
@@ -520,7 +520,7 @@ def summary(
     out: str | Path,  # a store
 ) -> str:  # a few lines
     "What is in a store, and what became of the rest."
-    card = load_store(out).card; df = pd.read_csv(Path(out, 'manifest.csv'), usecols=['why'], dtype=str, keep_default_na=False)
+    card = _store_card(out); df = pd.read_csv(Path(out, 'manifest.csv'), usecols=['why'], dtype=str, keep_default_na=False)
     gone = Counter(r.split(':')[0] for r in df.why if r); copies = pd.read_csv(Path(out, 'duplicates.csv')).kind.value_counts()
     return '\n'.join([
         f"{out}: {card['kept']} of {card['count']} patches kept, {len(card['classes'])} classes, {card['image_size']} px, {card['count'] * card['image_size']**2 * 3 / 2**20:,.0f} MiB",
