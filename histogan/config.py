@@ -59,7 +59,7 @@ class RunConfig:
     keep: int = 3  # newest checkpoints kept; 0 = all; decided
     keep_every: int = 0  # every k-th checkpoint is kept for good; 0 = none
     best_metric: Literal['gates', 'fd', 'none'] = 'fd'  # what picks cgan_best_model.pt; see 52_train
-    n_eval: int = 450  # fakes per evaluation with 'fd'; measured, 52_train
+    n_eval: int = 450  # fakes per evaluation, at least; measured, 52_train
     d4: bool = False  # one of eight flips/quarter turns of each real; modern True
     share_fakes: bool = False  # one G pass for D and G step; modern True
     amp: Literal['off', 'auto', 'fp16', 'bf16'] = 'off'  # USE_AMP = False; seed; modern auto

@@ -619,8 +619,9 @@ def evaluate(
 def look(
     s: TrainState,  # read only
 ) -> Quality:
-    "The judge's figures for as many samples as it has reals."
+    "The judge's figures for at least n_eval samples, dealt to the classes as its reals are."
     y = s.judge.reals[0][1]
+    y = y.repeat(-(-s.cfg.run.n_eval // len(y)))
     return quality(s.judge, (sample(s.G_ema, y, seed=s.cfg.run.seed).cpu(), y), s.judge.reals)
 
 # %% ../nbs/52_train.ipynb #c6e75a13
