@@ -157,7 +157,7 @@ def trained(
     s, data, _ = open_run(cfg)
     steps, started, stopped = batches(data), time.perf_counter(), False
     for _ in tqdm(range(s.total), title, unit='step', leave=False, disable=None):
-        x, y, _ = next(steps)
+        x, y, *_ = next(steps)
         stopped = any(v.action == 'stop' for v in train_step(s, x, y)[1])
         if stopped: break
     return s, time.perf_counter() - started, stopped

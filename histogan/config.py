@@ -92,6 +92,7 @@ class Config:
     preset: str = 'poc'  # the preset these values started from
     out: str = 'outputs/06b_cgan_ia'  # folder of the run; seed
     encoder: str = 'none'  # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, random:SEED
+    encoder_cache: bool = False  # keep the vectors of reals; exact without augmentation
     heads: bool = False  # discriminator heads on the encoder's maps
     data: DataConfig = field(default_factory=DataConfig)  # patches, splits, batches
     phantom: PhantomConfig = field(default_factory=PhantomConfig)  # embedded data

@@ -533,15 +533,22 @@ def is_store(
     return bool(root) and os.path.isfile(os.path.join(root, STORE))
 
 # %% ../nbs/00_data.ipynb #1ac0a95f
+def _file_hash(path) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a file, a mebibyte at a time."
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while data := f.read(2**20): h.update(data)
+    return h.hexdigest()
+
 def _store_card(root) -> dict:  # what prepare.json says
     "Read the card of a store, or an `InputError` that says why not."
     path = Path(root, STORE)
     try: card = json.loads(path.read_text(encoding='utf-8')); version, size = card['format'], (card['count'], card['image_size'])
     except (OSError, ValueError, KeyError, TypeError) as e: raise InputError(f'{path}: is no card of a store ({type(e).__name__}); prepare it again') from None
     if version != STORE_FORMAT: raise InputError(f'{path}: has format {version}, this version of histogan reads {STORE_FORMAT}; prepare it again')
-    try: data, pixels = Path(root, 'manifest.csv').read_bytes(), np.load(Path(root, 'images.npy'), mmap_mode='r', allow_pickle=False)
+    try: digest, pixels = _file_hash(Path(root, 'manifest.csv')), np.load(Path(root, 'images.npy'), mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError) as e: raise InputError(f'{root}: a file of the store is missing or cut off ({" ".join(str(e).split())[:80]}); prepare it again') from None
-    if hashlib.sha256(data).hexdigest() != card['manifest_sha256']: raise InputError(f'{root}/manifest.csv: was changed after it was prepared; prepare it again')
+    if digest != card['manifest_sha256']: raise InputError(f'{root}/manifest.csv: was changed after it was prepared; prepare it again')
     if pixels.shape != (size[0], size[1], size[1], 3) or pixels.dtype != np.uint8: raise InputError(f'{root}/images.npy: holds {pixels.shape} {pixels.dtype}, not {size[0]} patches of {size[1]} px; prepare it again')
     return card
 
@@ -558,8 +565,8 @@ def load_store(
 ) -> Store:  # `InputError` when it is not whole
     "Open a store and check that it is the one that was written."
     card = _store_card(root)
-    df = _table(Path(root, 'manifest.csv'), ('path', 'label', 'split', 'kept', 'stored'))
-    df = df[[c for c in _KEPT_COLUMNS if c in df]].assign(store_row=np.arange(len(df)))[df.kept == '1'].reset_index(drop=True)
+    df = pd.read_csv(Path(root, 'manifest.csv'), dtype=str, keep_default_na=False, usecols=lambda c: c in (*_KEPT_COLUMNS, 'kept'))
+    df = df.assign(store_row=np.arange(len(df)))[df.pop('kept') == '1'].reset_index(drop=True)
     df['path'] = [os.path.join(card['base'], p) for p in df.path]
     return Store(card, df.assign(**{c: df[c].astype(int) for c in _COUNTS if c in df}))
 

@@ -6,7 +6,8 @@
 __all__ = ['PREFIXES', 'KINDS', 'Encoded', 'Encoder', 'SmallCNN', 'fold_norm', 'cnn_augment', 'CNNConfig', 'cnn_config',
            'train_cnn', 'save_encoder', 'load_cnn', 'small_encoder', 'read_tensors', 'check_tensors', 'unwrap',
            'pathoduet_to_timm', 'load_pathoduet', 'map_indices', 'TimmNet', 'load_timm', 'timm_encoder',
-           'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'spread', 'load_encoder', 'why_no_encoder']
+           'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'spread', 'load_encoder', 'why_no_encoder',
+           'features_key', 'real_features']
 
 # %% ../nbs/21_encoder.ipynb #0cf68c8f
 import hashlib
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
-from .data import InputError
+from .data import HistoDataset, InputError
 
 # %% ../nbs/21_encoder.ipynb #6c82ce0f
 class Encoded(NamedTuple):
@@ -528,3 +529,42 @@ def why_no_encoder() -> str: # lines to print once
             '  PathoDuet: get checkpoint_HE.pth (about 343 MB, CC-BY-NC 4.0: not for commercial use) from the model link of\n'
             '  https://github.com/openmedlab/PathoDuet, put it anywhere, and add --encoder pathoduet:PATH/checkpoint_HE.pth\n'
             '  Without a download: --encoder cnn trains a small one on your own patches first (about half a minute at 64 px).')
+
+# %% ../nbs/21_encoder.ipynb #a23b8b9f
+def features_key(
+    encoder: Encoder, # any
+    data, # what `open_data` gave
+): # 16 hexadecimal digits
+    "A name for the encoder and the pixels it is shown."
+    m = data.manifest
+    wiring = [1, torch.__version__, repr(encoder.net), encoder.size, encoder.value_range, encoder.mean, encoder.std, data.cfg.image_size]
+    h = hashlib.sha256(json.dumps(wiring).encode())
+    for name, t in sorted(encoder.state_dict().items()): h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
+    for row in zip(m.stored if 'stored' in m else m.sha256, m.split): h.update(' '.join(row).encode())
+    return h.hexdigest()[:16]
+
+# %% ../nbs/21_encoder.ipynb #f06fe23b
+@torch.no_grad()
+def real_features(
+    encoder: Encoder, # on any device
+    data, # what `open_data` gave: folders or a store
+    cache_dir: str | Path, # where they are kept
+    batch: int = 64, # patches per pass
+    progress: bool = True, # show a bar while they are computed
+) -> np.ndarray: # (N, d) float32 by id, memory-mapped; NaN outside train
+    "The vector of every training patch as it is, unaugmented: read, or computed and kept."
+    path, shape = Path(cache_dir)/f'features-{features_key(encoder, data)}.npy', (len(data.manifest), encoder.dim)
+    if path.is_file():
+        try:
+            found = np.load(path, mmap_mode='r', allow_pickle=False)
+            if found.shape == shape: return found
+        except ValueError: pass  # damaged: compute again and replace it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f'.{path.name}.{os.getpid()}')
+    out, part, device = np.lib.format.open_memmap(temp, 'w+', np.float32, shape), data.dataset('train'), next(encoder.parameters()).device
+    out[:] = np.nan
+    for i in tqdm(range(0, len(part), batch), 'vectors of the reals', unit='batch', disable=None if progress else True):
+        x, _, ids = part[np.arange(i, min(i + batch, len(part)))]
+        out[ids.numpy()] = encoder(x.to(device).float() / 127.5 - 1).float().cpu().numpy()
+    out.flush(); os.replace(temp, path)
+    return np.load(path, mmap_mode='r', allow_pickle=False)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
            'load_state_dict', 'build', 'pick_device', 'pick_amp', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
-           'wants_encoder', 'see', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of', 'accuracy', 'descend',
-           'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g', 'set_lr',
-           'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate', 'look',
-           'is_best', 'save', 'open_run', 'open_judge', 'check_share', 'claim', 'phantom_root', 'total_steps',
-           'start_folder', 'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable', 'Stopped',
-           'catch_signals', 'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line', 'tick',
-           'record_events', 'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run', 'main',
-           'say']
+           'wants_encoder', 'see', 'cache_fault', 'known_vectors', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of',
+           'accuracy', 'descend', 'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g',
+           'set_lr', 'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate',
+           'look', 'is_best', 'save', 'open_run', 'kept_features', 'open_judge', 'check_share', 'claim', 'phantom_root',
+           'total_steps', 'start_folder', 'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable',
+           'Stopped', 'catch_signals', 'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line',
+           'tick', 'record_events', 'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run',
+           'main', 'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
@@ -34,7 +34,7 @@ from .config import differing
 from .data import InputError, load_manifest, open_data, save_manifest, to_float, to_uint8, warn_line
 from .discriminator import CombinedCondDiscriminator
 from .dist import Elsewhere, any_rank, average, from_first, gather, in_turn, local_rank, lost_peer, mine, on_first, processes, rank, whole, world
-from .encoder import load_encoder, why_no_encoder
+from .encoder import Encoded, load_encoder, real_features, why_no_encoder
 from .gates import GatesState, Quality, frechet, gates_update, quality
 from .generator import Generator, draw_crossover, draw_noise
 from .guards import (GateObs, GateState, NonFiniteObs, NonFiniteState, SaturationObs, SaturationState,
@@ -70,6 +70,7 @@ class TrainState:
     n_img: int = 0  # real images used
     best: float = math.inf  # lowest distance so far, where that chooses
     judge: object = None  # looks at checkpoints; not saved
+    features: object = None  # (N, d) kept vectors of reals by id; not saved
 
     @property
     def device(self):
@@ -210,12 +211,31 @@ def wants_encoder(
 def see(
     s: TrainState,  # read only
     x: torch.Tensor,  # (N, 3, R, R) in [-1, 1]
-    encode: bool,  # run the encoder
+    encode: bool,  # the encoder's answer is needed
+    known: torch.Tensor | None = None,  # (N, d) its vectors of `x`, if kept
 ) -> Seen:
     "Augment and encode, once."
     a = s.cfg.ada
     aug = apply_moves(x, drawn(s, draw_moves, len(x), s.ada.p, None, a.max_rotation, a.max_translation)) if s.ada.p else x
+    if encode and known is not None: return Seen(x, aug, Encoded(known, []))
     return Seen(x, aug, s.encoder.encode(aug) if encode else None)
+
+# %% ../nbs/52_train.ipynb #48d8b3c2
+def cache_fault(
+    cfg: Config,  # of the run
+) -> str:  # empty when the cache can be used while ADA is at rest
+    "Why kept vectors of the reals would never be read."
+    faults = {'encoder none has no vectors': cfg.encoder == 'none', 'heads read the maps, which are not kept': cfg.heads, 'loss.pair_weight reads the maps, which are not kept': cfg.loss.pair_weight > 0,
+              'run.d4 turns every patch': cfg.run.d4, 'run.amp computes in another precision': cfg.run.amp != 'off'}
+    return next((f for f, there in faults.items() if there), '')
+
+def known_vectors(
+    s: TrainState,  # read only
+    ids: torch.Tensor | None,  # (N,) of the reals of this step
+) -> torch.Tensor | None:  # (N, d) on the device; None: ask the encoder
+    "Kept vectors of the reals, in steps in which they are exact."
+    if s.features is None or ids is None or s.ada.p > 0: return None
+    return torch.from_numpy(s.features[ids.numpy()]).to(s.device)
 
 # %% ../nbs/52_train.ipynb #3dfc7c1e
 def draw_fakes(
@@ -442,13 +462,14 @@ def train_step(
     s: TrainState,  # everything changes
     x: torch.Tensor,  # (N, 3, R, R) uint8 from the loader
     y: torch.Tensor,  # (N,) labels
+    ids: torch.Tensor | None = None,  # (N,) rows of the manifest, for kept vectors
 ) -> tuple[dict, list]:  # row of metrics_gan.csv; verdicts
     "One D step, one G step, the guards."
     s.step, s.n_img = s.step + 1, s.n_img + len(y) * world()
     reseed(s.cfg.run.seed, s.step)
     lrs, share = set_lr(s), s.cfg.run.share_fakes
     x, y = prepare_batch(s, x, y)
-    with torch.no_grad(), autocast(s): reals = see(s, x, wants_encoder(s, True))
+    with torch.no_grad(), autocast(s): reals = see(s, x, wants_encoder(s, True), known_vectors(s, ids))
     fakes = draw_fakes(s, y, wants_encoder(s, True)) if share else None
     d = d_step(s, x, y, reals, fakes)
     after_d(s, y, reals, d)
@@ -655,10 +676,22 @@ def open_run(
     data = in_turn(open_data, data_cfg, manifest, progress=rank() == 0, rank=rank(), world=world())
     encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes), data=data, cache_dir=folder.parent / 'cache', size=cfg.data.image_size)
     s = build(cfg, data.classes, encoder and encoder.to(pick_device(cfg)), total_steps(cfg, data))
+    if cfg.encoder_cache: s.features = in_turn(kept_features, s, data, folder)
     if resume: resume_state(s, folder, data)
     else: on_first(start_folder, s, folder, data)
     from_first([t for m in (s.G, s.D, s.G_ema) for t in m.state_dict().values()])
     return s, data, folder
+
+# %% ../nbs/52_train.ipynb #27039e11
+def kept_features(
+    s: TrainState,  # built
+    data,  # what `open_data` gave
+    folder: Path,  # of the run
+):  # (N, d) by id, or None with a warning
+    "The vectors of the reals for `--encoder-cache`."
+    fault = cache_fault(s.cfg)
+    if not fault: return real_features(s.encoder, data, folder.parent / 'cache', progress=rank() == 0)
+    if rank() == 0: warn_line(f'encoder_cache: not used, because {fault}')
 
 # %% ../nbs/52_train.ipynb #fe205340
 def open_judge(
@@ -818,13 +851,13 @@ def catch_signals():
 # %% ../nbs/52_train.ipynb #f2ab4cc5
 def batches(
     data,  # what `open_data` gave
-):  # yields (x uint8, y, epoch) for ever
+):  # yields (x uint8, y, epoch, ids) for ever
     "Balanced batches from where the sampler stands."
     while True:
         epoch = data.sampler.epoch
-        for x, y, _ in data.train:
+        for x, y, ids in data.train:
             data.sampler.advance(len(y))
-            yield x, y, epoch
+            yield x, y, epoch, ids
 
 # %% ../nbs/52_train.ipynb #7eb44b16
 def train(
@@ -849,8 +882,8 @@ def train_locked(
     deadline = time.monotonic() + (r.max_hours or math.inf) * 3600
     with catch_signals() as heard, bar:
         while s.step < s.total:
-            x, y, epoch = next(steps)
-            row, verdicts = train_step(s, x, y)
+            x, y, epoch, ids = next(steps)
+            row, verdicts = train_step(s, x, y, ids)
             if log: note_down(log, bar, s, row | dict(epoch=epoch), verdicts)
             if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
             leave, last = any_rank(bool(heard) or time.monotonic() > deadline), s.step == s.total

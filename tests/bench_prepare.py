@@ -3,13 +3,14 @@
 speed   patches of 224 px per second through quality and Vahadane, by the clock and by the processor
 read    patches per second out of a store and out of the folders it was made of, in the same batches, at 256 px
 copies  5,000 phantom patches, and planted copies of 500 of them: which share ends in one unit, how many pairs are false
-memory  largest resident set of the process and of its largest worker, for growing numbers of patches
+memory  the most that the first process and all processes together held (what they share counted once), for growing numbers of patches
 
 Phantom patches are drawn once into a folder that is kept (`--cache`, default: below the system's folder for temporary files).
 """
 import argparse
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,18 +27,32 @@ from PIL import Image
 from histogan.data import CLASSES, FLAT, HistoDataset, StoreImages, _thumbnail, families, load_store, near_duplicates, orient, scan, unshaded
 from histogan.phantom import make_phantom, render
 
-def prepared(root, out, *options):
-    "A store made in a process of its own: seconds by the clock, seconds of processor, largest resident sets (MiB) of it and of its children."
+def tree(pid):
+    "A process and all below it."
+    below = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try: below.setdefault(int(stat.read_text().rsplit(')', 1)[1].split()[1]), []).append(int(stat.parent.name))
+        except OSError: pass
+    found = [pid]
+    for p in found: found += below.get(p, [])
+    return found
+
+def proportional(pid):
+    "Memory of a process in MiB, what it shares with others divided among them."
+    try: return int(re.search(r'Pss:\s+(\d+)', Path(f'/proc/{pid}/smaps_rollup').read_text())[1]) / 1024
+    except (OSError, TypeError): return 0.
+
+def prepared(root, out, *options, watch=False):
+    "A store made in a process of its own: seconds by the clock, seconds of processor, and, when watched, the peak memory (MiB) of it and of it with all its workers."
     shutil.rmtree(out, ignore_errors=True)
-    script = ("import resource, sys; from histogan.prepare import main; rc = main(sys.argv[1:]); r = resource.getrusage\n"
-              "a, b = r(resource.RUSAGE_SELF), r(resource.RUSAGE_CHILDREN)\n"
-              "print(a.ru_maxrss / 1024, b.ru_maxrss / 1024); sys.exit(rc)")
-    began, before = time.perf_counter(), os.times()
-    done = subprocess.run([sys.executable, '-c', script, str(root), '--out', str(out), *options], capture_output=True, text=True)
-    if done.returncode: sys.exit(done.stderr)
+    began, before, peak = time.perf_counter(), os.times(), [0., 0.]
+    p = subprocess.Popen([sys.executable, '-m', 'histogan.prepare', str(root), '--out', str(out), *options], stdout=subprocess.DEVNULL)
+    while watch and p.poll() is None:
+        each = [proportional(k) for k in tree(p.pid)]
+        peak = [max(peak[0], each[0]), max(peak[1], sum(each))]; time.sleep(.1)
+    if p.wait(): sys.exit(f'histogan.prepare {root} ended with {p.returncode}')
     after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.perf_counter() - began, cpu, *map(float, done.stdout.split()[-2:])
+    return time.perf_counter() - began, after.children_user + after.children_system - before.children_user - before.children_system, *peak
 
 def patches(cache, per_class, size):
     "A folder of phantom patches, drawn if it is not there."
@@ -48,18 +63,18 @@ def speed(cache):
     few = Path(cache, 'few'); shutil.rmtree(few, ignore_errors=True)
     for f in scan(root).groupby('label').path.first(): (few/Path(f).parent.name).mkdir(parents=True); shutil.copy(f, few/Path(f).parent.name)
     for workers in ('1', '2'):
-        options = ('--workers', workers, '--val-frac', '0', '--test-frac', '0', '--quality.thresholds', 'none')
+        options = ('--workers', workers, '--val-frac', '0', '--test-frac', '0', '--quality.thresholds', 'calibrate')
         wall, cpu, *_ = prepared(root, out, *options)
         start, start_cpu, *_ = prepared(few, Path(cache, 'start'), *options)  # imports and choice of the target, paid once
         n = 900 - 9
-        print(f'speed: 900 patches of 224 px, quality, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
+        print(f'speed: 900 patches of 224 px, quality filter, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
               f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
               + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + f' (load {os.getloadavg()[0]:.1f})')
 
 def read(cache, batch=64, batches=20):
     "The same batches out of the store and out of the folders."
     root, out = patches(cache, 100, 224), Path(cache, 'speed')
-    if not out.exists(): prepared(root, out, '--workers', '2')
+    if not out.exists(): prepared(root, out, '--workers', '2', '--quality.thresholds', 'calibrate')
     store = load_store(out); df, classes = store.manifest, store.card['classes']
     rng, rates = np.random.default_rng(0), {}
     order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
@@ -88,11 +103,20 @@ def copies(cache, n=5000, planted=500):
     began = time.perf_counter(); pairs = near_duplicates(thumbs)
     print(f'copies: {len(pairs)} false pairs among {n} patches ({len(pairs) / n:.3%}; {time.perf_counter() - began:.1f} s); {n - busy.sum()} patches of empty glass are tied only when equal')
 
+def noise(cache, n, size=16):
+    "A folder of n patches of noise, for sizes at which drawing tissue takes too long."
+    root, rng = Path(cache, f'noise-{n}-{size}'), np.random.default_rng(0)
+    if root.exists(): return root
+    part = Path(cache, 'noise.part'); shutil.rmtree(part, ignore_errors=True)
+    for c in 'ABC': (part/c).mkdir(parents=True)
+    for k in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(part/'ABC'[k % 3]/f'{k:07}.png', compress_level=1)
+    return part.rename(root)
+
 def memory(cache):
-    for per_class, size, options in ((100, 224, ()), (400, 224, ()), (400, 16, ('--image-size', '16', '--stain.method', 'none')), (4000, 16, ('--image-size', '16', '--stain.method', 'none'))):
-        root = patches(cache, per_class, size)
-        _, _, own, child = prepared(root, Path(cache, 'memory'), '--workers', '2', *options)
-        print(f'memory: {9 * per_class:6,} patches of {size} px: {own:.0f} MiB in the first process, {child:.0f} MiB in the largest worker')
+    small = ('--image-size', '16', '--stain.method', 'none')
+    for n, root, options in ((900, patches(cache, 100, 224), ('--quality.thresholds', 'calibrate')), *((n, noise(cache, n), small) for n in (2_000, 20_000, 100_000))):
+        wall, _, own, every = prepared(root, Path(cache, 'memory'), '--workers', '2', *options, watch=True)
+        print(f"memory: {n:7,} patches{' of 224 px, Vahadane' if 'calibrate' in options else ' of 16 px'}: at most {own:.0f} MiB in the first process, {every:.0f} MiB in all ({wall:.0f} s)", flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

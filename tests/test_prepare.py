@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import histogan.audit as A
 import histogan.prepare as P
 from conftest import ROOT, Run, run_cli
 from histogan.data import HistoDataset, InputError, StoreImages, is_store, load_store, read_rgb, scan, verify_store
@@ -227,7 +228,7 @@ def test_groups_of_a_table_are_never_divided(shared, tmp_path):
     d = shared/'data'; options = dict(image_size=32, stain=P.StainOptions(method='none'), manifest=str(d/'histo5_128/MANIFEST.csv'), group_column='group')
     m = load_store(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
     assert len(m) == 1800 and m.groupby('group').split.nunique().max() == 1 and set(m.split) == {'train', 'val', 'test'}
-    copies = P.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
+    copies = A.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
     assert list(copies) == ['pairs', 'across classes', 'across groups', 'across splits']
 
 def test_the_real_patches_as_they_are(shared, tmp_path):
@@ -270,7 +271,7 @@ def browse(page, tmp_path, *flags):
 @pytest.mark.skipif(not BROWSER, reason='no Chromium')
 def test_the_audit_in_a_browser(whole, tmp_path):
     store = shutil.copytree(whole, tmp_path/'s')
-    html = P.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
+    html = A.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
     out, said = browse(store/'audit.html', tmp_path, '--dump-dom')
     assert said == [] and out.count('<img') == 10  # nine classes, one chart
     script = "<script>document.title = [...document.images].filter(i => i.naturalWidth > 100).length + ' of ' + document.images.length + (document.documentElement.scrollWidth > innerWidth ? ' too wide' : '')</script>"
@@ -280,6 +281,34 @@ def test_the_audit_in_a_browser(whole, tmp_path):
     assert any('Content Security Policy' in l for l in browse(probe, tmp_path, '--dump-dom')[1])  # what a fault looks like
     assert n['kept'] == 810 and set(n['classes']) == set(load_store(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
 
-def test_the_audit_is_the_same_twice_and_can_be_added_later(whole, tmp_path):
-    store = shutil.copytree(whole, tmp_path/'s'); first = P.audit(store).read_bytes(), (store/'audit.json').read_bytes()
-    assert (P.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
+def test_the_audit_can_be_added_later_and_is_the_same_twice(patches, whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path/'s'); card = (store/'prepare.json').read_bytes()
+    done = run_cli(['histogan.prepare', patches, '--out', store, *SMALL, '--audit'])
+    assert done.rc == 0 and 'audit.html' in done.out and done.err == '' and (store/'prepare.json').read_bytes() == card, done.err
+    first = (store/'audit.html').read_bytes(), (store/'audit.json').read_bytes()
+    assert (A.audit(store).read_bytes(), (store/'audit.json').read_bytes()) == first
+
+# ---- vectors of the reals, kept
+
+def test_kept_vectors_of_reals_change_nothing_but_the_cost(whole, tmp_path, capsys):
+    from dataclasses import replace
+    from histogan.config import parse_args
+    from histogan.train import batches, open_run, train_step
+    small = ['--preset', 'poc', '--data.root', str(whole), '--data.image-size', '32', '--encoder', 'random:0', '--g.fmap-base', '16', '--g.fmap-min', '8',
+             '--g.z-dim', '16', '--g.w-dim', '16', '--g.n-layers', '2', '--d.d-base-ch', '8', '--run.device', 'cpu']
+    def run(name, *more, p=0.):
+        s, data, _ = open_run(parse_args([*small, '--out', str(tmp_path/name), *more]).config)
+        calls, encode, steps, rows = [], s.encoder.encode, batches(data), []
+        s.encoder.encode = lambda x: (calls.append(len(x)), encode(x))[1]
+        s.ada = replace(s.ada, p=p)
+        for _ in range(3): x, y, _, ids = next(steps); rows.append(train_step(s, x, y, ids)[0]); s.ada = replace(s.ada, p=p)
+        return pd.DataFrame(rows), len(calls)
+    plain, cached = run('plain'), run('cached', '--encoder-cache')
+    assert (plain[1], cached[1]) == (6, 3)  # the fakes alone
+    assert (plain[0].g_perceptual > 0).all() and len(list((tmp_path/'cache').glob('features-*.npy'))) == 1
+    numbers = plain[0].select_dtypes('number').columns
+    np.testing.assert_allclose(cached[0][numbers], plain[0][numbers], rtol=1e-4, atol=1e-6)
+    assert run('moved', '--encoder-cache', p=.1)[1] == 6  # augmented: the encoder is asked
+    capsys.readouterr()
+    assert run('turned', '--encoder-cache', '--run.d4')[1] == 6
+    assert 'warning: encoder_cache: not used, because run.d4 turns every patch' in capsys.readouterr().err
