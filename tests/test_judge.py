@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from histogan.data import DataConfig, open_data
-from histogan.encoder import CNNConfig
+from histogan.data import DataConfig, open_data, to_uint8
+from histogan.encoder import CNNConfig, own_cnn
 from histogan.judge import deal_families, halves, judge_for, make_judge, references
 from histogan.phantom import make_phantom
 
@@ -70,13 +70,14 @@ def test_one_large_family_is_dealt_singly(capsys):
 def test_a_judge_from_a_folder_sees_no_training_patch(tmp_path, monkeypatch):
     root = make_phantom(tmp_path/'p', 60, 16, slides=30)
     data = open_data(DataConfig(root=str(root), image_size=16, batch_size=2, val_frac=.3, test_frac=0., group_regex=r'-(s\d+)-'), progress=False)
-    kept, real = {}, make_judge
-    monkeypatch.setattr('histogan.judge.make_judge', lambda images, *a, **kw: kept.update(images=images, families=a[2]) or real(images, *a, **kw))
+    taught, real = {}, own_cnn
+    monkeypatch.setattr('histogan.judge.own_cnn', lambda given, *a, **kw: taught.update(images=given[0]) or real(given, *a, **kw))
     judge = judge_for(data, cache_dir=tmp_path, progress=False, cfg=QUICK)
-    shown = {x.tobytes() for x in data.dataset('train').pixels(np.arange(len(data.dataset('train'))))}
-    assert judge and len(kept['images']) == len(data.dataset('val')) and not shown & {x.tobytes() for x in kept['images']}
-    assert 3 < len(set(kept['families'])) < len(kept['images']) / 4          # slides, not single patches
-    assert [len(x) for x, _ in judge.reals][0] == len(judge.reals[1][0]) and judge(judge.reals[0][0])[1].shape[1] == 8
+    pixels = lambda split: {x.tobytes() for x in data.dataset(split).pixels(np.arange(len(data.dataset(split))))}
+    assert judge.n_train == len(taught['images']) == len(data.dataset('val')) and {x.tobytes() for x in taught['images']} == pixels('val')
+    first, second = ({to_uint8(t).permute(1, 2, 0).numpy().tobytes() for t in x} for x, _ in judge.reals)
+    assert first <= pixels('train') and second <= pixels('train') and not first & second
+    assert len(judge.reals[0][0]) == len(judge.reals[1][0]) and judge(judge.reals[0][0])[1].shape[1] == 8
 
 def test_too_few_patches_give_no_judge_and_one_line(tmp_path, capsys):
     root = make_phantom(tmp_path/'p', 20, 16, slides=10)
