@@ -80,7 +80,7 @@ def ada_update(
     acc: float,  # share of real logits above the threshold; [0, 1]
     step: int,  # D steps done, this one included; from 1
 ) -> AdaState:  # after this step
-    "One step of the controller (recipe §5.1): the mean first, then p from it."
+    "One step of the controller (recipe, `ADA_*`): the mean first, then p from it."
     if not 0 <= acc <= 1: raise ValueError(f'acc must lie in [0, 1], got {acc}')
     acc_ema = acc if state.acc_ema is None else cfg.ada_decay * state.acc_ema + (1 - cfg.ada_decay) * acc
     if not cfg.enabled or step < cfg.ada_freeze_until: return AdaState(0.0, acc_ema)

@@ -78,7 +78,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class PhantomConfig:
     "The embedded data set, drawn when `data.root` is `phantom`."
-    per_class: int = 300  # patches of each of the nine classes; measured, index
+    per_class: int = 300  # patches of each of the nine classes; decided: drawn in seconds
     seed: int = 0  # another seed is another set of slides
 
     def __post_init__(self):

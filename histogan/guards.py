@@ -79,7 +79,7 @@ def gate_update(
     state: GateState,  # before this step
     obs: GateObs,  # this step's numbers
 ) -> tuple[GateState, Verdict]:  # after this step, and why
-    "One step of the gate (recipe §5.4): switch first, then move alpha."
+    "One step of the gate (recipe, `ACC_GATE_*`): switch first, then move alpha."
     on, threshold, action = _switch(cfg, state, obs)
     tripped = action in ('on', 'off', 'forced_off')
     alpha = 0.0
@@ -142,7 +142,7 @@ def saturation_update(
     state: SaturationState,  # before this step
     obs: SaturationObs,  # this step's numbers
 ) -> tuple[SaturationState, Verdict]:  # tripped: also the gate's force_off
-    "One step of the guard (recipe §5.5). It only ever lowers."
+    "One step of the guard (recipe, saturation). It only ever lowers."
     threshold = saturation_threshold(cfg, obs.real_mean_abs)
     if not obs.fake_mean_abs > threshold: return state, Verdict('saturation', obs.step, obs.fake_mean_abs, threshold)
     log = state.last_logged is None or obs.step >= state.last_logged + cfg.log_every
@@ -185,7 +185,7 @@ def nonfinite_update(
     state: NonFiniteState,  # before this step
     obs: NonFiniteObs,  # this step's numbers
 ) -> tuple[NonFiniteState, Verdict]:  # action '', 'skip' or 'stop'
-    "Count the optimiser steps that must not be taken (recipe §5.8)."
+    "Count the optimiser steps that must not be taken (decided)."
     state = NonFiniteState(0, state.total) if obs.finite else NonFiniteState(state.run + 1, state.total + 1)
     action = '' if obs.finite else 'stop' if state.run >= cfg.nonfinite_limit else 'skip'
     return state, Verdict('nonfinite', obs.step, state.run, cfg.nonfinite_limit, not obs.finite, action, not obs.finite, obs.what)
