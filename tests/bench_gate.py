@@ -1,0 +1,53 @@
+"""Does the encoder come into play? `python tests/bench_gate.py [--steps 1200] [--out nbs/gate_trace.csv]`.
+
+The recipe (`poc`), narrowed as `histogan.ablate` narrows it, at 32 px on the phantom, with `--encoder cnn`: as it is, with the
+accuracy read at smoothing's equilibrium, with the logistic loss, and with the logistic loss and a gate at 0.40 / 0.30 in place of
+0.78 / 0.70. Every tenth step: the smoothed accuracy, alpha, the perceptual loss, and how far the duet logit of reals lies above
+that of fakes.
+"""
+import argparse, csv, tempfile
+from pathlib import Path
+
+import torch
+
+from histogan.ablate import D_WIDTH, put, recipe
+from histogan.config import modern
+from histogan.train import batches, draw_fakes, open_run, prepare_batch, train_step
+
+RUNS = {'as it is': {}, 'equilibrium': {'ada.acc_threshold': 'equilibrium'}, 'logistic': {'loss.adversarial': 'logistic'},
+        'logistic, gate at 0.40': {'loss.adversarial': 'logistic', 'gate.acc_gate_hi': .4, 'gate.acc_gate_lo': .3}}
+
+@torch.no_grad()
+def duet_gap(s, x, y):
+    "Mean duet logit of a batch of reals minus that of as many fakes."
+    x, y = prepare_batch(s, x, y)
+    fakes = draw_fakes(s, y, True)
+    real, fake = (s.D.duet(v.float()).mean() for v in (s.encoder(x), fakes.encoded.vector))
+    return (real - fake).item()
+
+def trace(cfg):
+    "One run, every tenth step."
+    s, data, _ = open_run(cfg)
+    steps = batches(data)
+    for _ in range(s.total):
+        x, y, *_ = next(steps)
+        row, _ = train_step(s, x, y)
+        if s.step % 10 == 0: yield dict(step=s.step, acc_ema=row['acc_ema'], alpha=row['alpha'], perceptual=row['g_perceptual'], duet_gap=duet_gap(s, x, y))
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument('--steps', type=int, default=1200)
+    ap.add_argument('--out', default='gate_trace.csv')
+    a = ap.parse_args()
+    base = put(modern(32), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
+    rows = []
+    with tempfile.TemporaryDirectory() as d:
+        for k, (name, changes) in enumerate(RUNS.items()):
+            rows += [dict(run=name) | {k: v if k == 'step' else f'{v:.4g}' for k, v in r.items()} for r in trace(put(recipe(base), changes | {'out': str(Path(d)/str(k))}))]
+            print(name, rows[-1], flush=True)
+    with open(a.out, 'w', newline='') as f:
+        w = csv.DictWriter(f, rows[0])
+        w.writeheader()
+        w.writerows(rows)
+
+if __name__ == '__main__': main()
