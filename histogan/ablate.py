@@ -391,7 +391,7 @@ def plan(
     size, steps, seeds = (16, min(a.steps, 12), 1) if a.quick else (a.size, a.steps, a.seeds)
     base = put(modern(size), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': steps, 'd.d_base_ch': D_WIDTH})
     if a.quick: base = put(base, {'encoder': 'random:0', 'phantom.per_class': 12, 'data.batch_size': 8})
-    rows = [r for r in a.rows.split(',') if r] or (['poc', 'heads', 'modern'] if a.quick else list(ROWS))
+    rows = list(dict.fromkeys(r for r in a.rows.split(',') if r)) or (['poc', 'heads', 'modern'] if a.quick else list(ROWS))
     runs = [(r, k) for k in range(seeds) for r in rows if k < (seeds if ROWS[r].decides else -(-seeds // 3))]
     return Plan(base, runs, 16 if a.quick else 100, dict(per_class=48, steps=40) if a.quick else dict(per_class=400, steps=800))
 

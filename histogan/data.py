@@ -224,6 +224,10 @@ def load_manifest(
     lost = [p for p in df.path if not os.path.isfile(p)] if 'store_row' not in df else []  # a store needs no files
     if lost: raise InputError(f'{path}: {len(lost)} of its {len(df)} files are missing ({_named(lost)}); mend the paths or give their folder')
     if df.path.duplicated().any(): raise InputError(f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one')
+    for c in _COUNTS:
+        if c not in df: continue
+        bad = df.index[~df[c].str.fullmatch(r'-?\d+')]
+        if len(bad): raise InputError(f'{path}: line {bad[0] + 2} has {df[c][bad[0]]!r} in the column {c}, which must hold whole numbers; mend it or rename the column')
     return df.assign(**{c: df[c].astype(int) for c in _COUNTS if c in df.columns})
 
 # %% ../nbs/00_data.ipynb #dcf46536

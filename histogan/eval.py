@@ -483,7 +483,7 @@ def main(
         say('stopped: what was drawn and looked at is kept; the same command goes on', file=sys.stderr)
         return 130
     except InputError as e:
-        say(f'error: {e}', file=sys.stderr)
+        print(f'[process {rank()}] error: {e}' if rank() else f'error: {e}', file=sys.stderr)
         return 2
 
 # %% ../nbs/60_eval.ipynb #eb6d37f6

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from typing import Callable, NamedTuple
 from .checkpoint import atomic_write, first_line
 from .data import InputError, to_float
-from .dist import barrier, shard, world
+from .dist import barrier, gather, shard, world
 from .encoder import Encoder, load_encoder, read_tensors
 
 # %% ../nbs/57_features.ipynb #36ab56ac
@@ -293,7 +293,7 @@ def get(self: FeatureCache,
     "Vectors; what is not known is computed and kept, by all processes together."
     barrier()  # every process finds the same on the disk
     known, first = self.load(space), {i: k for k, i in reversed(list(enumerate(ids)))}
-    todo = sorted(k for i, k in first.items() if i not in known)
+    todo = gather(sorted(k for i, k in first.items() if i not in known))[0]  # one list for all, made before anyone writes
     self.computed, self.reused = self.computed + len(todo), self.reused + len(ids) - len(todo)
     self.fill(space, ids, shard(todo), compute)
     if todo and world() > 1:

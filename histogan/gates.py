@@ -65,10 +65,11 @@ def half_covariance(
 def frechet(
     a: np.ndarray,  # (N, d) features, N ≥ 2
     b: np.ndarray,  # (M, d) features, M ≥ 2
-) -> float:  # ≥ 0; unit of the features squared
+) -> float:  # ≥ 0; unit of the features squared; nan when a feature is not finite
     "Fréchet distance of two Gaussians fitted to features."
     a, b = (np.asarray(f, np.float64) for f in (a, b))
     if min(len(a), len(b)) < 2: raise ValueError('a covariance takes at least two rows')
+    if not (np.isfinite(a).all() and np.isfinite(b).all()): return math.nan
     ra, rb, mean = half_covariance(a), half_covariance(b), a.mean(0) - b.mean(0)
     cross = scipy.linalg.svdvals(ra @ rb.T).sum()  # Tr (Ca Cb)^½
     return max(float(mean @ mean + (ra**2).sum() + (rb**2).sum() - 2 * cross), 0.0)

@@ -14,7 +14,7 @@ __all__ = ['FITTED', 'GUARD_COLOURS', 'HEADS', 'FIGURES', 'PACKAGES', 'HASHED', 
 from .config import Config, PRESETS, from_dict, load_config, tyro_parse
 
 # %% ../nbs/62_report.ipynb #imports
-import hashlib, json, platform, sys
+import hashlib, json, platform, shlex, sys
 import numpy as np
 import pandas as pd
 import tyro
@@ -72,12 +72,13 @@ def read_json(
 def read_events(
     path: Path,  # events.jsonl; may not exist
 ) -> pd.DataFrame:  # step, guard, value, threshold, action
-    "Guard events; a torn last line is left out."
+    "What guards did; scores of healthy checkpoints and a torn last line are left out."
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try: rows.append(json.loads(line))
         except ValueError: break
-    return pd.DataFrame(rows, columns=['step', 'guard', 'value', 'threshold', 'action'])
+    events = pd.DataFrame(rows, columns=['step', 'guard', 'value', 'threshold', 'action'])
+    return events[events.action != 'scored'].reset_index(drop=True)
 
 # %% ../nbs/62_report.ipynb #read-run
 def read_run(
@@ -122,7 +123,7 @@ def option(
     prefix = f'--{head}.' if head else '--'
     if isinstance(value, bool): return f"{prefix}{'' if value else 'no-'}{leaf}"
     values = value if isinstance(value, tuple) else (value,)
-    return ' '.join([prefix + leaf, *(str(v) if str(v) and ' ' not in str(v) else f"'{v}'" for v in values)])
+    return ' '.join([prefix + leaf, *(shlex.quote(str(v)) for v in values)])
 
 def command(
     cfg: Config,  # of a run
@@ -224,7 +225,7 @@ def panels(
             ('Learning rates', ('lr_g', 'lr_d'), {})]
 
 # %% ../nbs/62_report.ipynb #curve
-GUARD_COLOURS = dict(gate='tab:green', saturation='tab:red', nonfinite='black')  # as in the run's own curves.png
+GUARD_COLOURS = dict(gate='tab:green', saturation='tab:red', nonfinite='black', gates='tab:orange')  # as in the run's own curves.png
 
 def curve(
     log: pd.DataFrame,  # metrics_gan.csv
@@ -271,7 +272,7 @@ def guard_events(
 ) -> str:  # HTML
     "How often each guard acted, and the last time."
     if not len(events): return text('No guard acted.')
-    lead = text('Vertical lines in the curves are guard events: green the gate, red the saturation guard, black values that are not finite, purple any other.')
+    lead = text('Vertical lines in the curves are guard events: green the gate, red the saturation guard, black values that are not finite, orange the quality gates, purple any other.')
     g = events.groupby(['guard', 'action'], sort=False)
     t = g.agg(times=('step', 'size'), first_step=('step', 'min'), last_step=('step', 'max'), last_value=('value', 'last'), threshold=('threshold', 'last')).reset_index()
     return lead + table(t.rename(columns=lambda c: c.replace('_', ' ')), 'Guard events.', index=False)
@@ -400,7 +401,8 @@ def measured(
 ) -> list[str]:  # Markdown lines
     "The run's own figures, or that there are none."
     out, d, c, t = [], r.csv('distribution'), r.json('copying'), r.json('downstream')
-    if r.card.get('value') is not None: out.append(f"- Best model: step {r.card['step']}, chosen by `{r.card['metric']}` = {r.card['value']:.4g} on patches set aside.")
+    on = 'against training patches, by a judge trained on patches set aside' if r.card.get('metric') == 'gates' else 'on patches set aside'
+    if r.card.get('value') is not None: out.append(f"- Best model: step {r.card['step']}, chosen by `{r.card['metric']}` = {r.card['value']:.4g} {on}.")
     for x in d[(d.get('class') == 'all') & (d.get('set') == 'synthetic')].itertuples() if len(d) else (): out.append(f'- {x.metric} ({x.extractor}, {x.n} {f"against {x.n_ref} of {x.reference}" if x.n_ref else f"patches, {x.reference}"}): {x.value:.4g}' + (f' ({x.note})' if isinstance(x.note, str) and x.note else '') + '.')
     out += [f'- {s}' for s in t.get('findings', [])]
     if c.get('sentence'): out.append(f"- Copying check: {c['sentence']}.")

@@ -994,8 +994,8 @@ def finish(
     "Export the averaged generator, draw the curves, say where everything is."
     export_generator(folder / 'artifacts' / 'generator', s.G_ema, s.classes, step=s.step, n_img=s.n_img, preset=s.cfg.preset)
     plot_curves(folder)
-    best = f'best score {s.gates.best:.3g} at step {s.gates.best_step}' if s.gates.best_step else f'best metric {s.best:.4g}'
-    print(f'done: {s.step} steps, {s.n_img} images, {best}, judging took {log.share:.1%} of the time; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
+    best = f'best model of step {s.gates.best_step} (lowest score {s.gates.best:.3g}, ties go to the newer)' if s.gates.best_step else f'best metric {s.best:.4g}'
+    print(f'done: {s.step} steps, {s.n_img} images, {best}, judging checkpoints took {log.share:.1%} of the time; grids in {folder}/samples, curves in {folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
     return s
 
 # %% ../nbs/52_train.ipynb #d941f14b
@@ -1066,6 +1066,7 @@ def main(
         return 0
     except Elsewhere: return 2  # the first process has said why
     except InputError as e: return say(2, f'error: {e}')
+    except KeyboardInterrupt: return say(130, 'interrupted before the first step; the same command begins again, with --resume auto where the folder holds a run')
     except Stopped as e: return e.code if rank() else say(e.code, f'stopped: {e}')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise

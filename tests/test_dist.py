@@ -68,9 +68,9 @@ def stop_at_ten():
     "One process of the two hears a signal at step 10; both must stop there."
     import histogan.train as t
     inner = t.train_step
-    def step(s, x, y):
+    def step(s, *batch):
         if s.step == 9 and t.rank() == 1: os.kill(os.getpid(), signal.SIGTERM)
-        return inner(s, x, y)
+        return inner(s, *batch)
     t.train_step = step
 
 def test_a_batch_that_cannot_be_shared_and_a_taken_folder(base, alone):
@@ -93,9 +93,9 @@ KILL = '''
 import os, signal, sys
 import histogan.train as t
 inner = t.train_step
-def step(s, x, y):
+def step(s, *batch):
     if s.step == 12 and t.rank() == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)
-    return inner(s, x, y)
+    return inner(s, *batch)
 t.train_step = step
 sys.exit(t.main())
 '''
