@@ -46,7 +46,7 @@ def main():
             rows += [dict(run=name) | {k: v if k == 'step' else f'{v:.4g}' for k, v in r.items()} for r in trace(put(recipe(base), changes | {'out': str(Path(d)/str(k))}))]
             print(name, rows[-1], flush=True)
     with open(a.out, 'w', newline='') as f:
-        w = csv.DictWriter(f, rows[0])
+        w = csv.DictWriter(f, rows[0], lineterminator='\n')
         w.writeheader()
         w.writerows(rows)
 
