@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'Config', 'widths_for', 'modern', 'from_dict', 'suggestion',
-           'load_config', 'save_config', 'fit_to_data', 'TrainArgs', 'option_names', 'parse_args', 'resume_args',
-           'fitted_like', 'differing', 'tyro_parse', 'one_line']
+           'load_config', 'save_config', 'fit_to_data', 'TrainArgs', 'option_names', 'parse_args', 'sized',
+           'resume_args', 'fitted_like', 'differing', 'tyro_parse', 'one_line']
 
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
@@ -255,13 +255,24 @@ def parse_args(
     "Preset first, then every other option over it."
     argv = [a.replace('=', ' ', 1).split(' ', 1) if a.startswith('--') and '=' in a else [a] for a in argv]
     argv = [part for group in argv for part in group]
-    given = {name: value for name, value in zip(argv, argv[1:]) if name in ('--preset', '--resume', '--out')}
+    given = {name: value for name, value in zip(argv, argv[1:]) if name in ('--preset', '--resume', '--out', '--data.image-size')}
     preset, resume = given.get('--preset', default), given.get('--resume', '')
     if resume and resume != 'auto': return resume_args(argv, resume)
     if preset not in PRESETS: raise InputError(f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}' + suggestion(preset, PRESETS))
     out = given.get('--out', PRESETS[preset].out)
     if resume and Path(out, 'config.json').exists(): return resume_args(argv, out)
-    return replace(tyro_parse(TrainArgs, argv, default=TrainArgs(PRESETS[preset])), resume='')
+    base = sized(PRESETS[preset], given.get('--data.image-size', ''))
+    return replace(tyro_parse(TrainArgs, argv, default=TrainArgs(base)), resume='')
+
+# %% ../nbs/50_config.ipynb #eeacee40
+def sized(
+    cfg: Config,  # a preset
+    size: str,  # what follows --data.image-size; '' = nothing
+) -> Config:  # its generator at that size, so that --g.channels is counted against it
+    "Widths for the size asked for; a size that is none is left for the parser to refuse."
+    res = int(size) if size.isdecimal() else 0
+    if res < 16 or res & (res - 1): return cfg
+    return replace(cfg, g=replace(cfg.g, img_res=res, channels=widths_for(cfg.g.channels, res)))
 
 # %% ../nbs/50_config.ipynb #b286998b
 def resume_args(
@@ -270,8 +281,7 @@ def resume_args(
 ) -> TrainArgs:  # InputError names a field that differs
     "The configuration of the run, and nothing else unless allowed."
     saved = replace(load_config(folder), out=folder)
-    unfitted = replace(saved.g, img_res=PRESETS.get(saved.preset, saved).g.img_res, channels=())
-    args = tyro_parse(TrainArgs, argv, default=TrainArgs(replace(saved, g=unfitted)))
+    args = tyro_parse(TrainArgs, argv, default=TrainArgs(replace(saved, g=replace(saved.g, channels=()))))
     cfg = fitted_like(args.config, saved)
     for name in differing(saved, cfg):
         if name not in args.allow_change: raise InputError(f'--{name.replace("_", "-")}: differs from the run in {folder}; leave it out, or add --allow-change {name}')
