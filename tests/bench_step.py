@@ -17,7 +17,7 @@ import histogan.generator as generator
 from histogan.config import PRESETS
 from histogan.data import to_float
 from histogan.encoder import load_encoder
-from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, pair_distance, pair_statistics, r1_due, weigh
+from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, layouts, pair_distance, pair_statistics, r1_due, weigh
 from histogan.train import build, descend, r1_of, train_step, weights_of_g
 
 def grouped(conv, x, w):
@@ -52,6 +52,9 @@ def plain_step(s, x, y):
     if c.pair_weight:
         with torch.no_grad(): s.pair.update(pair_distance(pair_statistics(x, s.encoder.encode(x).maps)), y)
         terms['pair'] = s.pair.penalty(pair_distance(pair_statistics(fake, s.encoder.encode(fake).maps)), y)
+    if c.layout_weight:
+        terms['layout'] = s.layout.penalty(layouts(fake), y)
+        s.layout.update(layouts(x), layouts(fake.detach()), y)
     loss, log = weigh(terms, {k: w for k, w in weights_of_g(s).items() if k in terms})
     descend(s, s.opt_G, loss, log)
 
@@ -64,7 +67,7 @@ def main():
     a = ap.parse_args()
     cfg = PRESETS[a.preset]
     cfg = replace(cfg, encoder='random:0' if cfg.heads else 'none', data=replace(cfg.data, image_size=a.size, batch_size=a.batch),
-                  ada=replace(cfg.ada, enabled=False), loss=replace(cfg.loss, lambda_stats=0., lambda_saturation=0., use_mixing_reg=False))
+                  ada=replace(cfg.ada, enabled=False), run=replace(cfg.run, amp='off'), loss=replace(cfg.loss, lambda_stats=0., lambda_saturation=0., use_mixing_reg=False))
     encoder = load_encoder(cfg.encoder)
     fast, plain = (build(cfg, [str(k) for k in range(9)], encoder, 1000) for _ in range(2))
     y = torch.arange(a.batch//2).repeat_interleave(2) % 9
