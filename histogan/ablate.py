@@ -22,12 +22,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from typing import NamedTuple
+from .checkpoint import atomic_write
 from .data import CLASSES, InputError, inspect, scan
 from .encoder import CNNConfig
 from .gates import GatesConfig, quality
 from .judge import Judge, make_judge
 from .phantom import make_phantom
-from .train import batches, grid_image, locked, open_run, sample, say, train_step
+from .train import batches, grid_image, locked, open_run, pick_amp, pick_device, sample, say, train_step
 
 # %% ../nbs/54_ablate.ipynb #51fd30fb
 def get(
@@ -182,9 +183,7 @@ def write_whole(
 ):
     "Never half a file."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.name}.part')
-    temp.write_bytes(data)
-    os.replace(temp, path)
+    atomic_write(path, lambda f: f.write(data))
 
 def result_path(
     out: Path,  # of the ablation
@@ -233,9 +232,7 @@ def save_result(
     k = min(8, y.bincount().min().item())
     first = torch.cat([x[y == c][:k] for c in range(len(classes))])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.stem}.part.png')
-    grid_image(first, classes).save(temp)
-    os.replace(temp, path)
+    atomic_write(path, lambda f: grid_image(first, classes).save(f, 'PNG'))
     write_whole(result_path(out, name, seed), json.dumps(result, indent=1).encode())
 
 # %% ../nbs/54_ablate.ipynb #5c2775c7
@@ -390,6 +387,7 @@ def plan(
     "Sizes and order of everything."
     size, steps, seeds = (16, min(a.steps, 12), 1) if a.quick else (a.size, a.steps, a.seeds)
     base = put(modern(size), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': steps, 'd.d_base_ch': D_WIDTH})
+    base = put(base, {'run.amp': pick_amp(base, pick_device(base))})  # kept with the results: rows of one table share their arithmetic
     if a.quick: base = put(base, {'encoder': 'random:0', 'phantom.per_class': 12, 'data.batch_size': 8})
     rows = list(dict.fromkeys(r for r in a.rows.split(',') if r)) or (['poc', 'heads', 'modern'] if a.quick else list(ROWS))
     runs = [(r, k) for k in range(seeds) for r in rows if k < (seeds if ROWS[r].decides else -(-seeds // 3))]
