@@ -6,8 +6,8 @@
 __all__ = ['PREFIXES', 'KINDS', 'Encoded', 'Encoder', 'SmallCNN', 'fold_norm', 'cnn_augment', 'CNNConfig', 'cnn_config',
            'train_cnn', 'save_encoder', 'load_cnn', 'small_encoder', 'read_tensors', 'check_tensors', 'unwrap',
            'pathoduet_to_timm', 'load_pathoduet', 'map_indices', 'TimmNet', 'load_timm', 'timm_encoder',
-           'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'spread', 'load_encoder', 'why_no_encoder',
-           'features_key', 'real_features']
+           'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'spread', 'Joined', 'join', 'parts_of',
+           'load_encoder', 'why_no_encoder', 'features_key', 'real_features']
 
 # %% ../nbs/21_encoder.ipynb #0cf68c8f
 import hashlib
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -494,11 +495,40 @@ def spread(
     "Evenly spaced images."
     return images[np.unique(np.linspace(0, len(images) - 1, n).astype(int))]
 
+# %% ../nbs/21_encoder.ipynb #cc61d2a5
+class Joined(nn.Module):
+    "Several encoders as one network: vectors side by side, maps one after another."
+    def __init__(self,
+        parts: list, # of `Encoder`, each with its own size and range
+    ):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def encode(self,
+        x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
+    ) -> tuple[torch.Tensor, list]: # (N, sum of d), all maps
+        "Ask each."
+        seen = [p.encode(x) for p in self.parts]
+        return torch.cat([e.vector for e in seen], 1), [m for e in seen for m in e.maps]
+
+def join(
+    parts: list, # of `Encoder`
+) -> Encoder: # calibrated as they are
+    "The interface around several encoders."
+    told = lambda name: '; '.join(dict.fromkeys(v for p in parts if (v := getattr(p, name))))
+    return Encoder(Joined(parts), '+'.join(p.name for p in parts), sum(p.dim for p in parts), sum((p.map_channels for p in parts), ()), licence=told('licence'), note=told('note'))
+
+def parts_of(
+    spec: str, # of one encoder, or of several joined by +
+) -> list[str]: # of each
+    "Split where another kind begins, so that a path may hold a plus."
+    return re.split(r'\+(?=(?:none|cnn|pathoduet|timm|random)(?:[:+]|$))', spec)
+
 # %% ../nbs/21_encoder.ipynb #e40dd52b
-KINDS = 'none, cnn, cnn:PATH, pathoduet:PATH, timm:NAME:PATH, random:SEED'
+KINDS = 'none, cnn, cnn:PATH, pathoduet:PATH, timm:NAME:PATH, random:SEED; several joined by +'
 
 def load_encoder(
-    spec: str, # one of `KINDS`
+    spec: str, # one of `KINDS`, or several: cnn+timm:NAME:PATH
     *,
     num_classes: int | None = None, # of the data; cnn needs it
     data=None, # (images uint8, labels) or `OpenData`; trains cnn, standardises maps
@@ -509,6 +539,10 @@ def load_encoder(
     progress: bool = True, # show a bar while cnn trains
 ) -> Encoder | None: # frozen, on `device`; None for none
     "The encoder that a word on the command line asks for."
+    if len(several := parts_of(spec)) > 1:
+        found = [load_encoder(s, num_classes=num_classes, data=data, cache_dir=cache_dir, size=size, cnn=cnn, device=device, progress=progress) for s in several]
+        if None in found: raise InputError(f'--encoder {spec}: none cannot be joined; leave it out')
+        return join(found).to(device)
     kind, _, rest = spec.partition(':')
     if kind == 'none' and not rest: return None
     if kind == 'cnn' and not rest:

@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 from .checkpoint import atomic_write, first_line
 from .data import InputError, to_float
 from .dist import barrier, gather, shard, world
-from .encoder import Encoder, load_encoder, read_tensors
+from .encoder import Encoder, load_encoder, parts_of, read_tensors
 
 # %% ../nbs/57_features.ipynb #36ab56ac
 class Published(NamedTuple):
@@ -153,11 +153,11 @@ def encoder_extractor(
 # %% ../nbs/57_features.ipynb #0fcc1f61
 def same_network(
     spec: str,  # of an extractor: pathoduet:PATH, timm:NAME:PATH, …
-    used: str,  # of the run's encoder
+    used: str,  # of the run's encoder, or of several joined
 ) -> bool:  # by kind and name, whatever the path
     "Did the discriminator train with this network?"
     name = lambda s: s.split(':')[:2] if s.startswith(('timm:', 'random:')) else s.split(':')[:1]
-    return used != 'none' and name(spec) == name(used)
+    return used != 'none' and name(spec) in [name(u) for u in parts_of(used)]
 
 # %% ../nbs/57_features.ipynb #e83f818b
 def open_extractor(

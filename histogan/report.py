@@ -26,6 +26,7 @@ from PIL import Image
 from .checkpoint import atomic_write, load_checkpoint
 from .data import CLASSES, InputError, SPLITS, read_rgb, resize
 from .downstream import findings, plot_confusion, summarise, wide
+from .encoder import parts_of
 from .guards import saturation_threshold
 from .page import figure, page, section, table, text, write_page
 
@@ -423,12 +424,12 @@ LIMITS = '''- Labels are those of the training folders; whatever is wrong, biase
 PHANTOM = '- Trained on the phantom, procedural drawings: the samples show no tissue, and no figure here says anything about histology.\n'
 
 def licence(
-    encoder: str,  # spec of the run's encoder
+    encoder: str,  # spec of the run's encoder, or of several joined
 ) -> str:  # Markdown
     "What the weights of others allow."
-    if encoder.startswith('pathoduet'): return 'Trained with PathoDuet features (CC-BY-NC 4.0): not for commercial use.'
-    if encoder.startswith('timm'): return f'Trained with features of `{encoder.split(":")[1]}`: the licence of those weights applies too.'
-    return 'No weights of others took part.'
+    said = dict(pathoduet='Trained with PathoDuet features (CC-BY-NC 4.0): not for commercial use.', timm='Trained with features of `{}`: the licence of those weights applies too.')
+    found = [said[k].format(rest.partition(':')[0]) for k, _, rest in (p.partition(':') for p in parts_of(encoder)) if k in said]
+    return ' '.join(found) or 'No weights of others took part.'
 
 # %% ../nbs/62_report.ipynb #card
 def model_card(
