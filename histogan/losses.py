@@ -314,7 +314,7 @@ class LossConfig:
     adversarial: Literal['bce', 'logistic', 'hinge', 'relativistic'] = 'bce' # USE_LABEL_SMOOTHING True: bce, False: logistic; seed
     label_smoothing_real: float = 0.9 # LABEL_SMOOTHING_REAL: target of reals, bce only; [0, 1]; seed
     label_smoothing_fake: float = 0.0 # LABEL_SMOOTHING_FAKE: target of fakes, bce only; [0, 1]; seed
-    adv_weight: float = 1.0 # weight of the adversarial loss of D and of G; >= 0; seed
+    adv_weight: float = 1.0 # weight of the adversarial loss of D and of G, mean over heads; >= 0; seed; 1.5 in preset modern
     r1_gamma: float = 15.0 # R1_GAMMA: R1 is weighted by half of it; >= 0; seed
     r1_every: int = 8 # R1_EVERY: steps between R1, not multiplied back; >= 1; seed
     r2_gamma: float = 0.0 # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in seed

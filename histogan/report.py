@@ -428,6 +428,7 @@ def licence(
 ) -> str:  # Markdown
     "What the weights of others allow."
     said = dict(pathoduet='Trained with PathoDuet features (CC-BY-NC 4.0): not for commercial use.', timm='Trained with features of `{}`: the licence of those weights applies too.')
+    said['lite0'] = 'Trained with features of EfficientNet-Lite0 (ImageNet, Apache-2.0).'
     found = [said[k].format(rest.partition(':')[0]) for k, _, rest in (p.partition(':') for p in parts_of(encoder)) if k in said]
     return ' '.join(found) or 'No weights of others took part.'
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
            'load_state_dict', 'build', 'pick_device', 'pick_amp', 'device_name', 'reseed', 'drawn', 'together', 'Seen',
-           'wants_encoder', 'see', 'cache_fault', 'known_vectors', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of',
-           'accuracy', 'descend', 'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d', 'after_g',
-           'set_lr', 'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample', 'grid_image', 'evaluate',
-           'look', 'is_best', 'save', 'open_run', 'kept_features', 'open_judge', 'check_share', 'claim', 'phantom_root',
-           'total_steps', 'start_folder', 'resume_state', 'restore_sampler', 'note_changes', 'locked', 'claimable',
-           'Stopped', 'catch_signals', 'batches', 'train', 'train_locked', 'open_log', 'note_down', 'opening_line',
-           'tick', 'record_events', 'stop_by_guard', 'draw_grid', 'finish', 'plot_curves', 'mark_events', 'dry_run',
-           'main', 'say']
+           'wants_encoder', 'wants_vector', 'see', 'cache_fault', 'known_vectors', 'draw_fakes', 'autocast', 'Terms',
+           'd_step', 'r1_of', 'accuracy', 'descend', 'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats',
+           'after_d', 'after_g', 'set_lr', 'train_step', 'prepare_batch', 'row_of', 'RunLog', 'cut_after', 'sample',
+           'grid_image', 'evaluate', 'look', 'is_best', 'save', 'open_run', 'kept_features', 'open_judge',
+           'check_share', 'claim', 'phantom_root', 'total_steps', 'start_folder', 'resume_state', 'restore_sampler',
+           'note_changes', 'locked', 'claimable', 'Stopped', 'catch_signals', 'batches', 'train', 'train_locked',
+           'open_log', 'note_down', 'opening_line', 'tick', 'record_events', 'stop_by_guard', 'draw_grid', 'finish',
+           'plot_curves', 'mark_events', 'dry_run', 'main', 'say']
 
 # %% ../nbs/52_train.ipynb #4cbac54a
 from .config import Config, PRESETS, TrainArgs, fit_to_data, load_config, parse_args, save_config
@@ -191,11 +191,12 @@ class Seen(NamedTuple):
     "A batch, looked at once."
     x: torch.Tensor  # (N, 3, R, R) in [-1, 1]
     aug: torch.Tensor  # the same after ADA
-    encoded: tuple | None  # encoder's vector and maps of `aug`
+    encoded: tuple | None  # encoder's vector, if wanted, and maps of `aug`
 
     def detach(self):
         "The same without graphs."
-        enc = self.encoded and type(self.encoded)(self.encoded[0].detach(), [m.detach() for m in self.encoded[1]])
+        v, maps = self.encoded or (None, ())
+        enc = self.encoded and type(self.encoded)(v if v is None else v.detach(), [m.detach() for m in maps])
         return Seen(self.x.detach(), self.aug.detach(), enc)
 
 # %% ../nbs/52_train.ipynb #aa666c6e
@@ -205,7 +206,14 @@ def wants_encoder(
 ) -> bool:
     "Does anything read the encoder in this step?"
     if s.encoder is None: return False
-    return s.cfg.heads or (s.cfg.d.pixel and s.gate.alpha > 0) or (for_G and s.sat.lambda_perceptual > 0)
+    return s.cfg.heads or wants_vector(s, for_G)
+
+def wants_vector(
+    s: TrainState,  # read only
+    for_G: bool = True,  # the G step may also need the perceptual features
+) -> bool:
+    "Is its vector read, or its maps alone?"
+    return (s.cfg.d.pixel and s.gate.alpha > 0) or (for_G and s.sat.lambda_perceptual > 0)
 
 # %% ../nbs/52_train.ipynb #d32af59d
 def see(
@@ -218,7 +226,7 @@ def see(
     a = s.cfg.ada
     aug = apply_moves(x, drawn(s, draw_moves, len(x), s.ada.p, None, a.max_rotation, a.max_translation)) if s.ada.p else x
     if encode and known is not None: return Seen(x, aug, Encoded(known, []))
-    return Seen(x, aug, s.encoder.encode(aug) if encode else None)
+    return Seen(x, aug, s.encoder.encode(aug, wants_vector(s)) if encode else None)
 
 # %% ../nbs/52_train.ipynb #48d8b3c2
 def cache_fault(
@@ -285,7 +293,7 @@ def d_step(
         real = s.D(reals.aug, y, s.gate.alpha, reals.encoded)
         fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
         loss_fn, c = d_adversarial(s.cfg.loss), s.cfg.loss
-        terms = dict(adv=sum(loss_fn(r, f) for r, f in zip(real.logits, fake.logits)))
+        terms = dict(adv=torch.stack([loss_fn(r, f) for r, f in zip(real.logits, fake.logits)]).mean())
     if c.drift_eps: terms['drift'] = drift(real.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, reals.aug, y)
     if r2_due(c, s.step): terms['r2'] = r1_of(s, fakes.aug, y)
@@ -372,7 +380,7 @@ def g_terms(
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
     with torch.no_grad(): real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     loss_fn = g_adversarial(c)
-    terms = dict(adv=sum(loss_fn(f, r) for f, r in zip(fake.logits, real.logits)))
+    terms = dict(adv=torch.stack([loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]).mean())
     if w['stats']: terms['stats'] = s.stats.penalty(batch)
     if w['perceptual']: terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
     if w['saturation']: terms['saturation'] = saturation(batch, c.saturation_limit)

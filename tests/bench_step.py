@@ -39,7 +39,7 @@ def plain_step(s, x, y):
     fresh = lambda: s.G(torch.randn(len(y), s.cfg.g.z_dim), y, torch.randn(len(y), s.cfg.g.z_dim) if s.cfg.g.use_style_mixing else None)
     with torch.no_grad(): fake, seen = fresh(), look(x)
     real_out, fake_out = s.D(x, y, s.gate.alpha, seen), s.D(fake, y, s.gate.alpha, look(fake))
-    terms = dict(adv=sum(d_adversarial(c)(r, f) for r, f in zip(real_out.logits, fake_out.logits)))
+    terms = dict(adv=torch.stack([d_adversarial(c)(r, f) for r, f in zip(real_out.logits, fake_out.logits)]).mean())
     if c.drift_eps: terms['drift'] = drift(real_out.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, x, y)
     loss, log = weigh(terms, d_weights(c, s.step))
@@ -47,7 +47,7 @@ def plain_step(s, x, y):
     fake = fresh()
     with torch.no_grad(): real_out = s.D(x, y, s.gate.alpha, look(x))
     fake_out = s.D(fake, y, s.gate.alpha, look(fake))
-    terms = dict(adv=sum(g_adversarial(c)(f, r) for f, r in zip(fake_out.logits, real_out.logits)))
+    terms = dict(adv=torch.stack([g_adversarial(c)(f, r) for f, r in zip(fake_out.logits, real_out.logits)]).mean())
     if s.cfg.d.pixel and c.lambda_feature_matching: terms['feature_matching'] = feature_matching(s.D(fake, y, s.gate.alpha, look(fake)).feat, real_out.feat)
     if c.pair_weight:
         with torch.no_grad(): s.pair.update(pair_distance(pair_statistics(x, s.encoder.encode(x).maps)), y)
