@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from typing import NamedTuple
 from .checkpoint import atomic_write
 from .data import CLASSES, InputError, inspect, scan
-from .encoder import CNNConfig
+from .encoder import CNNConfig, lite0_path
 from .gates import GatesConfig, quality
 from .judge import Judge, make_judge
 from .phantom import make_phantom
@@ -108,6 +108,9 @@ NEIGHBOURS = {
     'hinge': Neighbour('hinge loss', {'loss.adversarial': 'hinge'}),
     'pixel': Neighbour('a pixel D beside the heads', {'d.pixel': True, 'gate.alpha_max': 0.}, True),
     'pixel-r1r2': Neighbour('a pixel D with R1 and R2', {'d.pixel': True, 'gate.alpha_max': 0., 'loss.r1_gamma': 15., 'loss.r2_gamma': 15.}),
+    'moves': Neighbour('a third of all images mirrored, turned and shifted a little', {'ada.enabled': True, 'ada.ada_target': 0., 'ada.ada_speed': 1e6, 'ada.ada_max_p': .3, 'ada.ada_p_cap_if_acc_hi': .3, 'ada.ada_freeze_until': 0}),
+    'random': Neighbour('an untrained encoder beside the small one', {'encoder': 'cnn+random:1'}),
+    'lite0': Neighbour('an encoder of photographs beside the small one', {'encoder': 'cnn+lite0'}, True),
     'sum': Neighbour('latent and class added', {'g.cond': 'sum'}),
     'no-d4': Neighbour('reals as they lie', {'run.d4': False}),
     'd-lr-half': Neighbour('half the learning rate of D', {'optim.lr_d': times(.5)}),
@@ -389,7 +392,7 @@ def plan(
     base = put(modern(size), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': steps, 'd.d_base_ch': D_WIDTH})
     base = put(base, {'run.amp': pick_amp(base, pick_device(base))})  # kept with the results: rows of one table share their arithmetic
     if a.quick: base = put(base, {'encoder': 'random:0', 'phantom.per_class': 12, 'data.batch_size': 8})
-    rows = list(dict.fromkeys(r for r in a.rows.split(',') if r)) or (['poc', 'heads', 'modern'] if a.quick else list(ROWS))
+    rows = list(dict.fromkeys(r for r in a.rows.split(',') if r)) or (['poc', 'heads', 'modern'] if a.quick else [r for r in ROWS if r != 'lite0' or lite0_path()])
     runs = [(r, k) for k in range(seeds) for r in rows if k < (seeds if ROWS[r].decides else -(-seeds // 3))]
     return Plan(base, runs, 16 if a.quick else 100, dict(per_class=48, steps=40) if a.quick else dict(per_class=400, steps=800))
 

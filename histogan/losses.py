@@ -258,12 +258,14 @@ class PairTerm(nn.Module):
         d_fake, # (P, S) pair_distance of fakes, with gradient
         y, # (2 P,) int64 labels of the batch
     ): # scalar in [0, 1); after Mao et al. 2019
-        "Mean relative shortfall of the fakes' distances; 0 where nothing is known."
+        "Relative shortfall of the fakes' distances, half for pixels and half for maps; 0 where nothing is known."
         d_fake = _full(d_fake)
         of = (self._pairs(d_fake, y) & (self.count > 0)).to(self.count.dtype)
         known = of.sum(1, keepdim=True)                                  # (P, 1) 0 or 1
         short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)  # divides by 1 where unknown
-        return (F.relu(short) * known.to(d_fake)).mean()
+        missing = F.relu(short) * known.to(d_fake)
+        groups = [g.mean() for g in (missing[:, :3], missing[:, 3:]) if g.shape[1]]  # pixels, maps
+        return sum(groups) / len(groups)
 
 # %% ../nbs/30_losses.ipynb #37cb71dc
 def layouts(
