@@ -317,7 +317,7 @@ def draw_table(
     return fig
 
 # %% ../nbs/54_ablate.ipynb #aa595199
-SHOWN = ('poc', 'heads', 'relativistic', 'pair', 'modern', 'pixel', 'reals')
+SHOWN = ('poc', 'heads', 'relativistic', 'pair', 'modern', 'pixel', 'lite0', 'reals')
 
 def sheet(
     out: Path,  # of the ablation
