@@ -1,7 +1,7 @@
 """Two halves of a set of real patches, for a training and for its judge: `python tests/halves.py MANIFEST.csv --out FOLDER`.
 
 Reads a manifest with path, label, split, group and source_path (as that of `histo5_128`) and deals its training rows into two
-halves that share no group. A class that has only one group is dealt by source image instead, and said so. Writes `train.csv`
+halves that share no group. A class that has only one group is dealt by source image instead, and said so; so are all with --by source. Writes `train.csv`
 (one half as train and val, and the manifest's own test rows; for `histogan.train --data.manifest`) and `judge.csv` (the other
 half; for `bench_agreement.py --judge`). Paths that do not exist as they are written are looked for beside the manifest and one
 folder above it.
@@ -36,11 +36,12 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('manifest', type=Path)
     ap.add_argument('--out', type=Path, default=Path('.'))
+    ap.add_argument('--by', choices=('group', 'source'), default='group', help='what no half shares: groups, or source images alone')
     a = ap.parse_args()
     df = pd.read_csv(a.manifest, dtype=str).assign(path=lambda d: [located(p, a.manifest) for p in d.path])
     test, df = df[df.split == 'test'], df[df.split == 'train'].copy()
     for label, rows in df.groupby('label'):
-        by = 'group' if rows.group.nunique() > 1 else 'source_path'
+        by = 'group' if a.by == 'group' and rows.group.nunique() > 1 else 'source_path'
         first = dealt(rows[by])
         df.loc[rows.index, 'first'] = first
         val = held_back(rows.source_path[first], .15)
