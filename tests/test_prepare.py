@@ -300,7 +300,7 @@ def test_kept_vectors_of_reals_change_nothing_but_the_cost(whole, tmp_path, caps
     def run(name, *more, p=0.):
         s, data, _ = open_run(parse_args([*small, '--out', str(tmp_path/name), *more]).config)
         calls, encode, steps, rows = [], s.encoder.encode, batches(data), []
-        s.encoder.encode = lambda x: (calls.append(len(x)), encode(x))[1]
+        s.encoder.encode = lambda x, vector: (calls.append(len(x)), encode(x, vector))[1]
         s.ada = replace(s.ada, p=p)
         for _ in range(3): x, y, _, ids = next(steps); rows.append(train_step(s, x, y, ids)[0]); s.ada = replace(s.ada, p=p)
         return pd.DataFrame(rows), len(calls)
