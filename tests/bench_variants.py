@@ -3,12 +3,11 @@
 Trains with one thing changed that the package does not offer, because it did not help; `bench_agreement.py` then says how
 well. Variants: `diffaug` shows D every real and fake in another brightness, saturation and contrast, shifted by up to an
 eighth and with half of its side cut out (the policy of Zhao et al. 2020); `wide` gives every head a third convolution of
-stride 2, so that it judges larger pieces; `spread` lets every head read the standard deviation over the picture beside the mean.
+stride 2, so that it judges larger pieces. Their figures are in `54_ablate`.
 """
 import sys
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from histogan import train
@@ -35,24 +34,19 @@ def diffaug():
         return train.Seen(x, aug, s.encoder.encode(aug, train.wants_vector(s)) if encode else None)
     train.see = see
 
-def heads(pooled, times=1, more=None):
-    "Heads that end in another way."
+def wide():
     first = MapHead.__init__
     def init(self, c_in, cfg):
         first(self, c_in, cfg)
-        if more: self.conv3 = more(cfg)
-        self.to_logit, self.embed = conv(times*cfg.head_ch, 1, 1, norm=cfg.spectral_norm), nn.Embedding(cfg.num_classes, times*cfg.head_ch)
+        self.conv3 = conv(cfg.head_ch, cfg.head_ch, 3, 2, norm=cfg.spectral_norm)
     def forward(self, m, y):
         stride = 2 if m.shape[-1] > self.head_px else 1
         f = F.leaky_relu(F.conv2d(F.conv2d(m, self.mix), self.conv1.weight, self.conv1.bias, stride, 1), .2)
-        f = pooled(self, F.leaky_relu(self.conv2(f), .2))
+        f = F.leaky_relu(self.conv3(F.leaky_relu(self.conv2(f), .2)), .2).mean((2, 3))
         return self.to_logit(f[:, :, None, None]).flatten() + (F.normalize(self.embed(y), dim=1)*f).sum(1)
     MapHead.__init__, MapHead.forward = init, forward
 
-def wide(): heads(lambda self, f: F.leaky_relu(self.conv3(f), .2).mean((2, 3)), more=lambda cfg: conv(cfg.head_ch, cfg.head_ch, 3, 2, norm=cfg.spectral_norm))
-def spread(): heads(lambda self, f: torch.cat([f.float().mean((2, 3)), (f.float().var((2, 3), correction=0) + 1e-4).sqrt()], 1), times=2)
-
-VARIANTS = dict(diffaug=diffaug, wide=wide, spread=spread)
+VARIANTS = dict(diffaug=diffaug, wide=wide)
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS: sys.exit(f'{__doc__}\nerror: name one of {", ".join(VARIANTS)}')
