@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'Config', 'wi
 import os
 
 # %% ../nbs/50_config.ipynb #57848abd
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenMP: see "Threads" in 52_train
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenMP: see "Threads" in 54_train
 
 # %% ../nbs/50_config.ipynb #788c73f3
 import contextlib, dataclasses, difflib, io, json, re, sys, types, typing, warnings
@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from .augment import AdaConfig
 from .data import DataConfig, InputError
 from .discriminator import DiscriminatorConfig
-from .gates import GatesConfig
+from .selection import SelectionConfig
 from .generator import GeneratorConfig
 from .guards import EmaConfig, GateConfig, NonFiniteConfig, SaturationConfig
 from .losses import LossConfig
@@ -58,8 +58,8 @@ class RunConfig:
     save_every: int = 800  # SAVE_EVERY: steps between checkpoints; seed
     keep: int = 3  # newest checkpoints kept; 0 = all; decided
     keep_every: int = 0  # every k-th checkpoint is kept for good; 0 = none
-    best_metric: Literal['gates', 'fd', 'none'] = 'fd'  # what picks cgan_best_model.pt; see 52_train
-    n_eval: int = 450  # fakes per evaluation, at least; measured, 52_train
+    best_metric: Literal['selection', 'fd', 'none'] = 'fd'  # what picks cgan_best_model.pt; see 54_train
+    n_eval: int = 450  # fakes per evaluation, at least; measured, 54_train
     d4: bool = False  # one of eight flips/quarter turns of each real; modern True
     share_fakes: bool = False  # one G pass for D and G step; modern True
     amp: Literal['off', 'auto', 'fp16', 'bf16'] = 'off'  # USE_AMP = False; seed; modern auto
@@ -104,7 +104,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)  # alpha gate
     sat: SaturationConfig = field(default_factory=SaturationConfig)  # saturation guard
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)  # NaN guard
-    gates: GatesConfig = field(default_factory=GatesConfig)  # what a checkpoint must show
+    selection: SelectionConfig = field(default_factory=SelectionConfig)  # what a checkpoint must show
     ema: EmaConfig = field(default_factory=EmaConfig)  # average of G
     run: RunConfig = field(default_factory=RunConfig)  # length and cadence
 
@@ -137,7 +137,7 @@ def modern(
                         lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=0.5, layout_weight=1.0),
         optim=OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1, total_steps_estimate=0, warmup=50),
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True), ema=EmaConfig(half_life_img=3000.0),
-        run=RunConfig(best_metric='gates', d4=True, share_fakes=True, amp='auto'))
+        run=RunConfig(best_metric='selection', d4=True, share_fakes=True, amp='auto'))
 
 # %% ../nbs/50_config.ipynb #16338ff3
 def _demo() -> Config:

@@ -6,7 +6,7 @@
 __all__ = ['PREFIXES', 'LITE0', 'KINDS', 'Encoded', 'Encoder', 'SmallCNN', 'fold_norm', 'cnn_augment', 'CNNConfig', 'cnn_config',
            'train_cnn', 'save_encoder', 'load_cnn', 'small_encoder', 'read_tensors', 'check_tensors', 'unwrap',
            'pathoduet_to_timm', 'load_pathoduet', 'map_indices', 'TimmNet', 'load_timm', 'timm_encoder', 'lite0_path',
-           'load_lite0', 'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'spread', 'Joined', 'join',
+           'load_lite0', 'random_encoder', 'training_patches', 'content_key', 'own_cnn', 'evenly', 'Joined', 'join',
            'parts_of', 'load_encoder', 'why_no_encoder', 'features_key', 'real_features']
 
 # %% ../nbs/21_encoder.ipynb #0cf68c8f
@@ -515,11 +515,11 @@ def own_cnn(
         try: return load_cnn(path, num_classes)
         except InputError: pass  # damaged: train again and replace it
     net, _ = train_cnn(images, labels, num_classes, cfg, device, progress)
-    encoder = small_encoder(net, f'cnn:{path}' if path else 'cnn', 'none needed: trained on your own patches').calibrate(spread(images, 1024))
+    encoder = small_encoder(net, f'cnn:{path}' if path else 'cnn', 'none needed: trained on your own patches').calibrate(evenly(images, 1024))
     if path: save_encoder(encoder, path)
     return encoder
 
-def spread(
+def evenly(
     images: np.ndarray, # (N, ...)
     n: int, # at most
 ) -> np.ndarray: # at most n of them
@@ -587,7 +587,7 @@ def load_encoder(
     elif kind == 'random' and rest.isdecimal(): encoder = random_encoder(int(rest))
     else: raise InputError(f'--encoder {spec}: must be one of {KINDS}')
     encoder.to(device)
-    return encoder if data is None else encoder.calibrate(spread(training_patches(data, 2 ** 26)[0], 128 if encoder.size else 512))
+    return encoder if data is None else encoder.calibrate(evenly(training_patches(data, 2 ** 26)[0], 128 if encoder.size else 512))
 
 # %% ../nbs/21_encoder.ipynb #0281da1b
 def why_no_encoder() -> str: # lines to print once

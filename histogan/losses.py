@@ -6,7 +6,7 @@
 __all__ = ['d_logistic', 'g_nonsat', 'd_bce', 'd_hinge', 'g_hinge', 'd_relativistic', 'g_relativistic', 'r1_penalty', 'drift',
            'channel_stats', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
            'pair_statistics', 'pair_distance', 'PairTerm', 'layouts', 'LayoutTerm', 'LossConfig', 'd_adversarial',
-           'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weigh']
+           'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weighted_sum']
 
 # %% ../nbs/30_losses.ipynb #72be5f86
 import math
@@ -389,7 +389,7 @@ def g_weights(
                 feature_matching=cfg.lambda_feature_matching, mixing=cfg.mixing_reg_weight * cfg.use_mixing_reg, pair=cfg.pair_weight, layout=cfg.layout_weight)
 
 # %% ../nbs/30_losses.ipynb #a621726c
-def weigh(
+def weighted_sum(
     terms, # dict name -> unweighted scalar tensor
     weights, # dict name -> float >= 0; names as in terms
 ): # (total scalar, log dict of detached `name` and `name_w`)

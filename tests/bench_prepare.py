@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from histogan.data import CLASSES, FLAT, HistoDataset, StoreImages, _thumbnail, families, load_store, near_duplicates, orient, scan, unshaded
+from histogan.data import CLASSES, FLAT, HistoDataset, PreparedImages, _thumbnail, families, load_prepared, near_duplicates, orient, scan, unshaded
 from histogan.phantom import make_phantom, render
 
 def tree(pid):
@@ -75,10 +75,10 @@ def read(cache, batch=64, batches=20):
     "The same batches out of the store and out of the folders."
     root, out = patches(cache, 100, 224), Path(cache, 'speed')
     if not out.exists(): prepared(root, out, '--workers', '2', '--quality.thresholds', 'calibrate')
-    store = load_store(out); df, classes = store.manifest, store.card['classes']
+    store = load_prepared(out); df, classes = store.manifest, store.card['classes']
     rng, rates = np.random.default_rng(0), {}
     order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
-    for name, images in (('store', StoreImages(out, df.store_row, 256)), ('folders', None)):
+    for name, images in (('store', PreparedImages(out, df.store_row, 256)), ('folders', None)):
         data = HistoDataset(df, classes, 256, images); data[order[0]]
         began = time.perf_counter()
         for k in order: data[k]

@@ -17,8 +17,8 @@ import histogan.generator as generator
 from histogan.config import PRESETS
 from histogan.data import to_float
 from histogan.encoder import load_encoder
-from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, layouts, pair_distance, pair_statistics, r1_due, weigh
-from histogan.train import build, descend, r1_of, train_step, weights_of_g
+from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, layouts, pair_distance, pair_statistics, r1_due, weighted_sum
+from histogan.train import build, optimizer_step, r1_of, train_step, weights_of_g
 
 def grouped(conv, x, w):
     "The modulated convolution with one kernel per sample, built and convolved in groups."
@@ -42,8 +42,8 @@ def plain_step(s, x, y):
     terms = dict(adv=torch.stack([d_adversarial(c)(r, f) for r, f in zip(real_out.logits, fake_out.logits)]).mean())
     if c.drift_eps: terms['drift'] = drift(real_out.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, x, y)
-    loss, log = weigh(terms, d_weights(c, s.step))
-    descend(s, s.opt_D, loss, log)
+    loss, log = weighted_sum(terms, d_weights(c, s.step))
+    optimizer_step(s, s.opt_D, loss, log)
     fake = fresh()
     with torch.no_grad(): real_out = s.D(x, y, s.gate.alpha, look(x))
     fake_out = s.D(fake, y, s.gate.alpha, look(fake))
@@ -55,8 +55,8 @@ def plain_step(s, x, y):
     if c.layout_weight:
         terms['layout'] = s.layout.penalty(layouts(fake), y)
         s.layout.update(layouts(x), layouts(fake.detach()), y)
-    loss, log = weigh(terms, {k: w for k, w in weights_of_g(s).items() if k in terms})
-    descend(s, s.opt_G, loss, log)
+    loss, log = weighted_sum(terms, {k: w for k, w in weights_of_g(s).items() if k in terms})
+    optimizer_step(s, s.opt_G, loss, log)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])

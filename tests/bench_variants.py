@@ -1,9 +1,9 @@
 """What was tried and is no option: `python tests/bench_variants.py VARIANT [options of histogan.train]`.
 
-Trains with one thing changed that the package does not offer, because it did not help; `bench_agreement.py` then says how
+Trains with one thing changed that the package does not offer, because it did not help; `bench_accuracy.py` then says how
 well. Variants: `diffaug` shows D every real and fake in another brightness, saturation and contrast, shifted by up to an
 eighth and with half of its side cut out (the policy of Zhao et al. 2020); `wide` gives every head a third convolution of
-stride 2, so that it judges larger pieces. Their figures are in `54_ablate`.
+stride 2, so that it judges larger pieces. Their figures are in `56_ablate`.
 """
 import sys
 
@@ -31,7 +31,7 @@ def policy(x):
 def diffaug():
     def see(s, x, encode, known=None):
         aug = policy(x)
-        return train.Seen(x, aug, s.encoder.encode(aug, train.wants_vector(s)) if encode else None)
+        return train.EncodedBatch(x, aug, s.encoder.encode(aug, train.wants_vector(s)) if encode else None)
     train.see = see
 
 def wide():

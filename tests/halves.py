@@ -3,7 +3,7 @@
 Reads a manifest with path, label, split, group and source_path (as that of `histo5_128`) and deals its training rows into two
 halves that share no group. A class that has only one group is dealt by source image instead, and said so; so are all classes
 with --by source. Writes `train.csv` (one half as train and val, and the manifest's own test rows; for `histogan.train
---data.manifest`) and `judge.csv` (the other half; for `bench_agreement.py --judge`). Paths that do not exist as they are written
+--data.manifest`) and `judge.csv` (the other half; for `bench_accuracy.py --judge`). Paths that do not exist as they are written
 are looked for beside the manifest and one folder above it.
 """
 import argparse

@@ -50,7 +50,7 @@ def test_what_was_stopped_is_gone_on_with_and_leaves_everything(whole):
     assert {p.name for p in out.iterdir()} == {'.lock', 'ablation.csv', 'ablation.png', 'ablation_grids.jpg', 'cache', 'grids', 'results'}
     assert {p.name for p in (out/'grids').iterdir()} == {f'{r}-0.png' for r in ('reals', 'poc', 'heads', 'modern')}
     df = pd.read_csv(out/'ablation.csv')
-    assert df.row.tolist() == ['reals', 'poc', 'heads', 'modern'] and df[['agreement', 'worst', 'features', 'pixels', 'layout', 'fd']].notna().all(axis=None)
+    assert df.row.tolist() == ['reals', 'poc', 'heads', 'modern'] and df[['accuracy', 'worst', 'features', 'pixels', 'layout', 'fd']].notna().all(axis=None)
     assert all(line in run.out for line in ('done', 'ablation.csv')) and 'modern' in run.out.splitlines()[-2]
 
 def test_a_stopped_ablation_has_the_figures_of_one_that_was_not(whole, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 import histogan.audit as A
 import histogan.prepare as P
 from conftest import ROOT, Run, run_cli
-from histogan.data import HistoDataset, InputError, StoreImages, is_store, load_store, read_rgb, scan, verify_store
+from histogan.data import HistoDataset, InputError, PreparedImages, is_prepared, load_prepared, read_rgb, scan, verify_prepared
 from histogan.phantom import make_phantom, render
 
 SMALL = ('--image-size', '48', '--workers', '2')
@@ -73,7 +73,7 @@ def test_killed_at_ten_random_moments_the_store_is_the_same(patches, whole, tmp_
         if p.returncode == 0: assert same(whole, out); shutil.rmtree(out); continue  # it was done before the kill
         kills += 1; states.append(records(out))
         assert gone(below), 'workers outlived their parent'
-        if is_store(out): assert verify_store(out) == []
+        if is_prepared(out): assert verify_prepared(out) == []
         if states[-1] == 13 and len(states) % 3: shutil.rmtree(out)  # all but the end was done
     p = start(patches, '--out', out, *SMALL); p.communicate()
     assert p.returncode == 0 and same(whole, out)
@@ -98,7 +98,7 @@ def test_killed_after_every_write_the_store_is_the_same(patches, tmp_path, monke
         try: quiet(few, out, **plain); break
         except InputError as e: assert 'the disk is full; free some space and run the same command again' in str(e) and '\n' not in str(e)
         finally: monkeypatch.undo()
-        if is_store(out): assert not load_store(out).manifest.empty and verify_store(out) == []
+        if is_prepared(out): assert not load_prepared(out).manifest.empty and verify_prepared(out) == []
         assert same(store, quiet(few, out, **plain))
         n += 1
     assert n > 15, n
@@ -149,7 +149,7 @@ def disk(tmp_path):
 def test_a_full_disk(patches, whole, disk):
     for kib in (64, 4000):  # no room for a plan; too little for the pixels (5.3 MiB)
         at = disk(kib); refused(run_cli(['histogan.prepare', patches, '--out', at/'s', *SMALL]), '--out', 'the disk is full', 'MiB are needed')
-        assert not is_store(at/'s')
+        assert not is_prepared(at/'s')
     at = disk(16_000); p = start(patches, '--out', at/'s', *SMALL)
     while not (at/'s'/'.part'/'plan.json').exists(): time.sleep(.01); assert p.poll() is None
     with open(at/'ballast', 'wb', buffering=0) as f:  # another program takes what is left
@@ -158,7 +158,7 @@ def test_a_full_disk(patches, whole, disk):
         except OSError: pass
     out, err = p.communicate(timeout=60)
     refused(Run(p.returncode, out, err), 'the disk is full; free some space and run the same command again')
-    assert not is_store(at/'s')
+    assert not is_prepared(at/'s')
     (at/'ballast').unlink()
     p = start(patches, '--out', at/'s', *SMALL); p.communicate()
     assert p.returncode == 0 and same(whole, at/'s')
@@ -185,7 +185,7 @@ def test_thresholds_that_empty_a_class_cost_no_second_reading(patches, tmp_path,
     finally: P.do_chunk = begun
     m = P.read_all(tmp_path/'s')
     assert (m.kept == 0).sum() == 9 and set(m.why[m.kept == 0]) == {'quality: lap_var'} and set(m.split[m.kept == 0]) == {''}
-    assert len(load_store(tmp_path/'s').manifest) == 801 and 'rejected: quality 9' in capsys.readouterr().out
+    assert len(load_prepared(tmp_path/'s').manifest) == 801 and 'rejected: quality 9' in capsys.readouterr().out
 
 def test_broken_files_are_named_or_rejected(patches, tmp_path, capsys):
     root = shutil.copytree(patches, tmp_path/'broken'); files = scan(root).path
@@ -194,7 +194,7 @@ def test_broken_files_are_named_or_rejected(patches, tmp_path, capsys):
     refused(Run(P.main([str(root), *plain]), *capsys.readouterr()), '3 of 810 files', Path(files[5]).name, Path(files[300]).name, '9 x 9 px is too small', '--skip-broken')
     assert P.main([str(root), *plain, '--skip-broken']) == 0
     m = P.read_all(tmp_path/'s'); assert np.flatnonzero(m.kept == 0).tolist() == [5, 300, 500] and m.why.str.startswith('unreadable: ').sum() == 3
-    assert not np.load(tmp_path/'s'/'images.npy')[300].any() and verify_store(tmp_path/'s') == []
+    assert not np.load(tmp_path/'s'/'images.npy')[300].any() and verify_prepared(tmp_path/'s') == []
 
 def test_changed_files_begin_anew(patches, tmp_path, capsys):
     root = shutil.copytree(patches, tmp_path/'r'); cfg = P.PrepareConfig(str(root), out=str(tmp_path/'s'), image_size=32, workers=1, stain=P.StainOptions(method='none'))
@@ -216,7 +216,7 @@ def test_planted_copies_end_in_one_split(patches, tmp_path):
     for k in busy:
         x, wrong = read_rgb(df.path[k]), names[(names.index(df.label[k]) + 4) % 9]
         for w, f in ways.items(): Image.fromarray(np.ascontiguousarray(f(x))).save(root/wrong/f'{w}-{k:04}.{"jpg" if w == "jpeg" else "png"}', quality=90)
-    m = load_store(quiet(root, tmp_path/'s', image_size=32, stain=P.StainOptions(method='none'))).manifest.set_index('path')
+    m = load_prepared(quiet(root, tmp_path/'s', image_size=32, stain=P.StainOptions(method='none'))).manifest.set_index('path')
     for w, least in dict(copy=1, jpeg=.99, flip=.99, turn=.99).items():
         mine = [p for p in m.index if os.path.basename(p).startswith(w + '-')]
         home = [df.path[int(os.path.basename(p)[len(w) + 1:-4])] for p in mine]
@@ -227,7 +227,7 @@ def test_planted_copies_end_in_one_split(patches, tmp_path):
 
 def test_groups_of_a_table_are_never_divided(shared, tmp_path):
     d = shared/'data'; options = dict(image_size=32, stain=P.StainOptions(method='none'), manifest=str(d/'histo5_128/MANIFEST.csv'), group_column='group')
-    m = load_store(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
+    m = load_prepared(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
     assert len(m) == 1800 and m.groupby('group').split.nunique().max() == 1 and set(m.split) == {'train', 'val', 'test'}
     copies = A.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
     assert list(copies) == ['pairs', 'across classes', 'across groups', 'across splits']
@@ -236,22 +236,22 @@ def test_the_real_patches_as_they_are(shared, tmp_path):
     n = shared/'data'/'nct-sample'
     done = run_cli(['histogan.prepare', n/'NCT-CRC-HE-100K', n/'CRC-VAL-HE-7K', '--out', tmp_path/'s', '--image-size', '64'])
     assert done.rc == 0 and '108 of 108 patches kept, 9 classes' in done.out, done.err
-    m = load_store(tmp_path/'s').manifest
+    m = load_prepared(tmp_path/'s').manifest
     assert pd.crosstab(m.root, m.split).to_dict('list') == dict(train=[90, 0], val=[0, 9], test=[0, 9]) and m.width.nunique() > 1
-    assert P.read_all(tmp_path/'s')['mode'].nunique() > 1 and verify_store(tmp_path/'s') == []
+    assert P.read_all(tmp_path/'s')['mode'].nunique() > 1 and verify_prepared(tmp_path/'s') == []
 
 # ---- reading it
 
 def test_store_and_folders_give_the_same_patches(patches, tmp_path):
-    store = quiet(patches, tmp_path/'s', image_size=64, stain=P.StainOptions(method='none')); s = load_store(store)
-    a, b = (HistoDataset(s.manifest, s.card['classes'], 64, im) for im in (StoreImages(store, s.manifest.store_row, 64), None))
+    store = quiet(patches, tmp_path/'s', image_size=64, stain=P.StainOptions(method='none')); s = load_prepared(store)
+    a, b = (HistoDataset(s.manifest, s.card['classes'], 64, im) for im in (PreparedImages(store, s.manifest.store_row, 64), None))
     for k in (0, 17, 809): assert all(np.array_equal(x, y) for x, y in zip(a[k], b[k]))
 
 def test_training_on_a_store_and_resuming(patches, whole, tmp_path):
     out = tmp_path/'run'
     first = run_cli(['histogan.train', '--preset', 'smoke', '--data.root', whole, '--out', out, '--run.steps', '6', '--run.save-every', '3'])
     assert first.rc == 0, first.err
-    assert f"{(load_store(whole).manifest.split == 'train').sum()} training patches, 32 px" in first.out
+    assert f"{(load_prepared(whole).manifest.split == 'train').sum()} training patches, 32 px" in first.out
     cut = tmp_path/'cut'; shutil.copytree(out, cut); (cut/'checkpoints'/'cgan_step000006.pt').unlink()
     again = run_cli(['histogan.train', '--resume', cut])
     assert again.rc == 0 and (cut/'metrics_gan.csv').read_text() == (out/'metrics_gan.csv').read_text(), again.err
@@ -280,7 +280,7 @@ def test_the_audit_in_a_browser(whole, tmp_path):
     for width in ('500', '1280'): assert '<title>10 of 10</title>' in browse(probe, tmp_path, '--dump-dom', f'--window-size={width},900')[0]
     probe.write_text(html.replace('<section>', '<img src="https://example.invalid/x.png"><section>', 1), encoding='utf-8')
     assert any('Content Security Policy' in l for l in browse(probe, tmp_path, '--dump-dom')[1])  # what a fault looks like
-    assert n['kept'] == 810 and set(n['classes']) == set(load_store(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
+    assert n['kept'] == 810 and set(n['classes']) == set(load_prepared(store).card['classes']) and 0 < n['leaks']['colour histogram, as stored']['accuracy'] <= 1
 
 def test_the_audit_can_be_added_later_and_is_the_same_twice(patches, whole, tmp_path):
     store = shutil.copytree(whole, tmp_path/'s'); card = (store/'prepare.json').read_bytes()

@@ -29,8 +29,8 @@ def test_a_changed_landing_page_makes_it_stale(tmp_path, monkeypatch):
     assert not readme.current()
 
 def test_relative_links_start_at_the_top():
-    text = readme.render(page(('markdown', '[a](00_data.ipynb) [b](https://example.org) [c](#start)\n\n`d[0](e)`')))
-    for link in ('[a](nbs/00_data.ipynb)', '[b](https://example.org)', '[c](#start)', 'd[0](e)'): assert link in text
+    text = readme.render(page(('markdown', '[a](03_data.ipynb) [b](https://example.org) [c](#start)\n\n`d[0](e)`')))
+    for link in ('[a](nbs/03_data.ipynb)', '[b](https://example.org)', '[c](#start)', 'd[0](e)'): assert link in text
 
 def test_code_is_shown_and_hidden_code_is_not():
     text = readme.render(page(('code', '#| label: x\nshown = 1'), ('code', '#| hide\nhidden = 1')))
