@@ -1,16 +1,19 @@
-"""Write README.md from the landing page: `python tests/readme.py` writes it, `--check` compares and exits 1 when it is stale."""
+"""Write README.md from the landing page: `python tests/readme.py` writes it, `--check` compares and exits 1 when it is stale.
+
+`nbdev_readme`, `nbdev_docs` and `nbdev_prepare` write it too, with Quarto. Both ways use the filter nbs/readme.lua for links,
+lay the text out differently and say the same, which is what `--check` compares."""
 import json, re, subprocess, sys
 from pathlib import Path
 
 import pypandoc
 
 ROOT = Path(__file__).resolve().parent.parent
-INDEX, README = ROOT/'nbs'/'index.ipynb', ROOT/'README.md'
+INDEX, README, FILTER = ROOT/'nbs'/'index.ipynb', ROOT/'README.md', ROOT/'nbs'/'readme.lua'
 NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit that notebook, not this file. -->\n\n'
 
-def pandoc(text, source, target, warnings=None):
+def pandoc(text, source, target, warnings=None, filters=()):
     "Convert `text` with the pandoc that pypandoc_binary carries; its warnings are appended to `warnings`."
-    args = [pypandoc.get_pandoc_path(), '-f', source, '-t', target, '--wrap=none']
+    args = [pypandoc.get_pandoc_path(), '-f', source, '-t', target, '--wrap=none', *(f'--lua-filter={f}' for f in filters)]
     done = subprocess.run(args, input=text, capture_output=True, text=True, encoding='utf-8', check=True)
     if warnings is not None: warnings += re.findall(r'^\[WARNING\] (.+)', done.stderr, re.M)
     return done.stdout
@@ -45,20 +48,32 @@ def markdown(cell):
 
 def render(nb):
     "GitHub Markdown of a notebook, its relative links made to start at the top of the project."
-    document = json.loads(pandoc('\n\n'.join(map(markdown, nb['cells'])), 'markdown-smart-implicit_figures', 'json'))
-    for node in nodes(document):
-        if node['t'] not in ('Link', 'Image'): continue
-        target = node['c'][2]
-        if not re.match(r'[a-z]+:|[#/]', target[0]): target[0] = 'nbs/' + target[0]
-    return NOTE + re.sub(r'^(`{3,}) (\w)', r'\1\2', pandoc(json.dumps(document), 'json', 'gfm'), flags=re.M)
+    text = pandoc('\n\n'.join(map(markdown, nb['cells'])), 'markdown-smart-implicit_figures', 'gfm', filters=[FILTER])
+    return NOTE + re.sub(r'^(`{3,}) (\w)', r'\1\2', text, flags=re.M)
 
 def expected(): return render(json.loads(INDEX.read_text(encoding='utf-8')))
 
-def meaning(text):
-    "What a Markdown text says, whichever version of pandoc laid it out."
-    return json.loads(pandoc(text, 'gfm', 'json'))['blocks']
+def words(block):
+    "The text of a piece of a document, links and layout left out."
+    kinds = dict(Str=lambda c: c, Code=lambda c: c[1], CodeBlock=lambda c: c[1], Math=lambda c: c[1], Space=lambda c: ' ', SoftBreak=lambda c: ' ')
+    return ''.join(kinds[n['t']](n['c'] if 'c' in n else None) for n in nodes(block) if n['t'] in kinds)
 
-def current(): return README.exists() and meaning(README.read_text(encoding='utf-8')) == meaning(expected())
+def meaning(text):
+    "What a Markdown text says, whoever laid it out: title, sentence and generated notes left out."
+    blocks = json.loads(pandoc(text, 'gfm', 'json'))['blocks']
+    said = [b for b in blocks if b['t'] not in ('RawBlock', 'BlockQuote') and not (b['t'] == 'Header' and b['c'][0] == 1)]
+    return [re.sub(r'\s+', ' ', words(b)).strip() for b in said]
+
+def dead_links(text):
+    "Relative links and pictures of a Markdown text that lead to no file from the top of the project."
+    targets = [n['c'][2][0] for n in nodes(json.loads(pandoc(text, 'gfm', 'json'))['blocks']) if n['t'] in ('Link', 'Image')]
+    return [t for t in targets if not re.match(r'[a-z]+:|#', t) and not (ROOT/t.partition('#')[0]).exists()]
+
+def current():
+    "README.md says what the landing page says, and its links lead somewhere."
+    if not README.exists(): return False
+    text = README.read_text(encoding='utf-8')
+    return meaning(text) == meaning(expected()) and not dead_links(text)
 
 def main(argv):
     if '--check' not in argv: README.write_text(expected(), encoding='utf-8')
