@@ -28,7 +28,10 @@ from .encoder import CNNConfig, lite0_path
 from .selection import SelectionConfig, quality
 from .classifier import HeldOutClassifier, fit_held_out
 from .phantom import make_phantom
-from .train import batches, grid_image, locked, open_run, pick_amp, pick_device, sample, say, train_step
+from .config import pick_amp, pick_device
+from .log import grid_image, sample
+from .step import train_step
+from .train import batches, locked, open_run, say
 
 # %% ../nbs/56_ablate.ipynb #51fd30fb
 def get(

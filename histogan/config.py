@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'Config', 'widths_for', 'modern', 'from_dict', 'suggestion',
-           'load_config', 'save_config', 'fit_to_data', 'TrainArgs', 'option_names', 'parse_args', 'sized',
-           'resume_args', 'fitted_like', 'differing', 'tyro_parse', 'one_line']
+           'load_config', 'save_config', 'fit_to_data', 'device_name', 'pick_device', 'pick_amp', 'TrainArgs',
+           'option_names', 'parse_args', 'sized', 'resume_args', 'fitted_like', 'differing', 'tyro_parse', 'one_line']
 
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 from .augment import AdaConfig
 from .data import DataConfig, InputError
 from .discriminator import DiscriminatorConfig
+from .dist import local_rank, world
 from .selection import SelectionConfig
 from .generator import GeneratorConfig
 from .guards import EmaConfig, GateConfig, NonFiniteConfig, SaturationConfig
@@ -225,6 +226,37 @@ def fit_to_data(
     maps = tuple(encoder.map_channels) if cfg.heads and encoder is not None else ()
     return replace(cfg, g=replace(cfg.g, num_classes=num_classes, img_res=res, channels=widths_for(cfg.g.channels, res)),
                    d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
+
+# %% ../nbs/50_config.ipynb #d614b495
+def device_name(
+    cfg: Config,  # run.device is 'auto' or a torch device
+) -> str:  # 'cpu', 'cuda', 'cuda:0', …
+    "What `run.device` stands for; of several processes each has a GPU of its own."
+    import torch
+    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    return f'cuda:{local_rank()}' if name.startswith('cuda') and world() > 1 else name
+
+# %% ../nbs/50_config.ipynb #43f4af64
+def pick_device(
+    cfg: Config,  # run.device is 'auto' or a torch device
+) -> 'torch.device':  # InputError when it is not there
+    "The device of this process."
+    import torch
+    name = device_name(cfg)
+    try: return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError): raise InputError(f'--run.device {name}: not available on this machine; use cpu') from None
+
+# %% ../nbs/50_config.ipynb #7cff809e
+def pick_amp(
+    cfg: Config,  # run.amp may be 'auto'
+    device: 'torch.device',  # of the run
+) -> str:  # 'off', 'fp16' or 'bf16'
+    "What `auto` means here: half precision where the processor computes in it."
+    if cfg.run.amp != 'auto': return cfg.run.amp
+    import torch
+    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    has = lambda feature: getattr(torch.cpu, f'_is_{feature}_supported', lambda: False)()
+    return 'bf16' if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile')) else 'off'
 
 # %% ../nbs/50_config.ipynb #90f52e9c-5
 @dataclass(frozen=True)

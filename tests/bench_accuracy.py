@@ -19,7 +19,7 @@ from histogan.encoder import CNNConfig, own_cnn
 from histogan.selection import SelectionConfig, quality, score, shortfalls
 from histogan.classifier import HeldOutClassifier, fit_held_out, references
 from histogan.phantom import make_phantom
-from histogan.train import sample
+from histogan.log import sample
 
 CNN = CNNConfig(steps=1200, seed=99)
 

@@ -12,7 +12,8 @@ import torch
 
 from histogan.ablate import D_WIDTH, put, recipe
 from histogan.config import modern
-from histogan.train import batches, draw_fakes, open_run, prepare_batch, train_step
+from histogan.step import draw_fakes, prepare_batch, train_step
+from histogan.train import batches, open_run
 
 RUNS = {'as it is': {}, 'equilibrium': {'ada.acc_threshold': 'equilibrium'}, 'logistic': {'loss.adversarial': 'logistic'},
         'logistic, gate at 0.40': {'loss.adversarial': 'logistic', 'gate.acc_gate_hi': .4, 'gate.acc_gate_lo': .3}}

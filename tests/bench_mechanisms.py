@@ -14,7 +14,9 @@ import torch
 
 from histogan.config import PRESETS
 from histogan.data import to_float
-from histogan.train import batches, evaluate, open_run, sample, train_step
+from histogan.log import sample
+from histogan.step import train_step
+from histogan.train import batches, evaluate, open_run
 
 def base(out, steps):
     "The recipe, narrow and short."

@@ -18,7 +18,7 @@ from histogan.config import PRESETS
 from histogan.data import to_float
 from histogan.encoder import load_encoder
 from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, layouts, pair_distance, pair_statistics, r1_due, weighted_sum
-from histogan.train import build, optimizer_step, r1_of, train_step, weights_of_g
+from histogan.step import build, optimizer_step, r1_of, train_step, weights_of_g
 
 def grouped(conv, x, w):
     "The modulated convolution with one kernel per sample, built and convolved in groups."

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from histogan import train
+from histogan import step, train
 from histogan.discriminator import MapHead, conv
 
 def policy(x):
@@ -31,8 +31,8 @@ def policy(x):
 def diffaug():
     def see(s, x, encode, known=None):
         aug = policy(x)
-        return train.EncodedBatch(x, aug, s.encoder.encode(aug, train.wants_vector(s)) if encode else None)
-    train.see = see
+        return step.EncodedBatch(x, aug, s.encoder.encode(aug, step.wants_vector(s)) if encode else None)
+    step.encode_batch = see
 
 def wide():
     first = MapHead.__init__

@@ -135,7 +135,7 @@ def test_gates_choose_and_a_resume_chooses_alike(tmp_path, capsys):
     gates = ['--run.best-metric', 'selection', '--phantom.per-class', '60', '--data.val-frac', '0.3', '--run.steps', '6', '--run.save-every', '2', '--run.amp', 'auto']
     assert main([*TINY, *gates, '--out', str(run)]) == 0
     assert 'judging checkpoints took' in capsys.readouterr().out
-    scored = [json.loads(l) for l in (run/'events.jsonl').read_text().splitlines() if '"gates"' in l]
+    scored = [json.loads(l) for l in (run/'events.jsonl').read_text().splitlines() if '"selection"' in l]
     assert [e['step'] for e in scored] == [2, 4, 6] and all(len(e['quality']['accuracy']) == 9 for e in scored)
     best = torch.load(run/'checkpoints'/'cgan_best_model.pt', weights_only=True)['card']
     assert best['metric'] == 'selection' and best['value'] == next(e['score'] for e in scored if e['step'] == best['step'])
@@ -151,13 +151,13 @@ def test_resume_refuses_another_configuration(patches, tmp_path):
     refused(run_cli(['histogan.train', '--resume', tmp_path/'run', '--optim.lr-g', '0.5']), 'optim.lr_g')
 
 NAN = '''
-import sys, torch, histogan.train as t
+import sys, torch, histogan.step as step, histogan.train as t
 from histogan.data import to_float
 bad = range(int(sys.argv[1]), int(sys.argv[2]))
 steps = iter(range(1, 10_000))
 def poisoned(x):
     return to_float(x) * float('nan') if next(steps) in bad else to_float(x)
-t.prepare_batch.__globals__['to_float'] = poisoned
+step.to_float = poisoned
 sys.exit(t.main(sys.argv[3:]))
 '''
 
