@@ -17,6 +17,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenM
 import contextlib, dataclasses, difflib, io, json, re, sys, types, typing, warnings
 import tyro
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 from .augment import AdaConfig
@@ -112,6 +113,8 @@ class Config:
     def __post_init__(self):
         if not self.heads and not self.d.pixel: raise ValueError('heads and d.pixel are both off: no discriminator is left')
         if self.heads and self.encoder == 'none': raise ValueError('heads need an encoder: give encoder, for example cnn')
+        if self.d.pair and not self.data.pairs:
+            raise ValueError('d.pair needs data.pairs: pair heads judge two images of a class')
 
 # %% ../nbs/50_config.ipynb #a3ac9c89
 def widths_for(
@@ -224,8 +227,10 @@ def fit_to_data(
     "Fill in what the data and the encoder decide."
     res = cfg.data.image_size
     maps = tuple(encoder.map_channels) if cfg.heads and encoder is not None else ()
+    ends = accumulate(encoder.map_counts) if maps and cfg.d.pair else ()
+    pair_maps = tuple(end - 1 for end in ends)  # the coarsest map of each encoder
     return replace(cfg, g=replace(cfg.g, num_classes=num_classes, img_res=res, channels=widths_for(cfg.g.channels, res)),
-                   d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
+                   d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, pair_maps=pair_maps, duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
 
 # %% ../nbs/50_config.ipynb #d614b495
 def device_name(
@@ -326,7 +331,8 @@ def fitted_like(
 ) -> Config:  # fitted to the same data
     "What `fit_to_data` decided for the run, decided again."
     g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels)
-    d = {k: getattr(run.d, k) for k in ('num_classes', 'img_res', 'heads', 'duet_dim')}
+    fitted = 'num_classes', 'img_res', 'heads', 'pair_maps', 'duet_dim'
+    d = {k: getattr(run.d, k) for k in fitted}
     amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
     return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp))
 

@@ -550,6 +550,12 @@ def join(
     told = lambda name: '; '.join(dict.fromkeys(v for p in parts if (v := getattr(p, name))))
     return Encoder(Joined(parts), '+'.join(p.name for p in parts), sum(p.dim for p in parts), sum((p.map_channels for p in parts), ()), licence=told('licence'), note=told('note'))
 
+@patch(as_prop=True)
+def map_counts(self: Encoder) -> tuple[int, ...]: # of each joined encoder
+    "How many of the maps belong to each part."
+    parts = self.net.parts if isinstance(self.net, Joined) else [self]
+    return tuple(len(p.map_channels) for p in parts)
+
 def parts_of(
     spec: str, # of one encoder, or of several joined by +
 ) -> list[str]: # of each
