@@ -203,7 +203,7 @@ def test_every_unreadable_file_is_named(toy):
     assert 'A-s2-0010.png' not in line
 
 def test_inspect_reads_once_and_the_same_in_any_number_of_threads(toy, monkeypatch):
-    import histogan.data as data
+    import histogan.images as data
     count, real = [], data._decode
     monkeypatch.setattr(data, '_decode', lambda path: count.append(path) or real(path))
     d = open_data(DataConfig(root=str(toy), image_size=16, batch_size=4, samples_per_class=8), progress=False)
