@@ -218,6 +218,15 @@ def save_config(
         os.fsync(f.fileno())
     os.replace(temp, path)
 
+# %% ../nbs/50_config.ipynb #87cb7d2c
+def _fitted_maps(d, encoder, res):
+    "What the options of D need to know of the encoder's maps; old options need nothing."
+    if encoder is None: return dict(pair_maps=(), sides=(), counts=())
+    ends = accumulate(encoder.map_counts) if d.pair else ()
+    return dict(pair_maps=tuple(end - 1 for end in ends),  # the coarsest of each
+                sides=encoder.map_sides(res) if d.places else (),
+                counts=encoder.map_counts if d.cross_scale else ())
+
 # %% ../nbs/50_config.ipynb #f0312a69
 def fit_to_data(
     cfg: Config,  # as parsed
@@ -227,10 +236,8 @@ def fit_to_data(
     "Fill in what the data and the encoder decide."
     res = cfg.data.image_size
     maps = tuple(encoder.map_channels) if cfg.heads and encoder is not None else ()
-    ends = accumulate(encoder.map_counts) if maps and cfg.d.pair else ()
-    pair_maps = tuple(end - 1 for end in ends)  # the coarsest map of each encoder
     return replace(cfg, g=replace(cfg.g, num_classes=num_classes, img_res=res, channels=widths_for(cfg.g.channels, res)),
-                   d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, pair_maps=pair_maps, duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
+                   d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, **_fitted_maps(cfg.d, encoder if maps else None, res), duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
 
 # %% ../nbs/50_config.ipynb #d614b495
 def device_name(
@@ -331,8 +338,8 @@ def fitted_like(
 ) -> Config:  # fitted to the same data
     "What `fit_to_data` decided for the run, decided again."
     g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels)
-    fitted = 'num_classes', 'img_res', 'heads', 'pair_maps', 'duet_dim'
-    d = {k: getattr(run.d, k) for k in fitted}
+    decided = 'num_classes', 'img_res', 'heads', 'duet_dim', 'pair_maps', 'sides', 'counts'
+    d = {k: getattr(run.d, k) for k in decided}
     amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
     return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp))
 

@@ -550,6 +550,15 @@ def join(
     told = lambda name: '; '.join(dict.fromkeys(v for p in parts if (v := getattr(p, name))))
     return Encoder(Joined(parts), '+'.join(p.name for p in parts), sum(p.dim for p in parts), sum((p.map_channels for p in parts), ()), licence=told('licence'), note=told('note'))
 
+@patch
+@torch.no_grad()
+def map_sides(self: Encoder,
+    res: int, # side of the image; px
+) -> tuple[int, ...]: # side of each map; px
+    "How wide the maps of such an image are: one pass over a blank."
+    blank = next(self.parameters()).new_zeros(1, 3, res, res)
+    return tuple(m.shape[-1] for m in self.features(blank))
+
 @patch(as_prop=True)
 def map_counts(self: Encoder) -> tuple[int, ...]: # of each joined encoder
     "How many of the maps belong to each part."
