@@ -17,9 +17,9 @@ from histogan.config import load_config
 from histogan.data import DataConfig, inspect, load_manifest, open_data, scan, to_float
 from histogan.encoder import CNNConfig, own_cnn
 from histogan.selection import SelectionConfig, quality, score, shortfalls
-from histogan.classifier import HeldOutClassifier, fit_held_out, references
+from histogan.classifier import fit_held_out, groups_of, references
 from histogan.phantom import make_phantom
-from histogan.log import sample
+from histogan.train import sample
 
 CNN = CNNConfig(steps=1200, seed=99)
 
