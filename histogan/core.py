@@ -9,8 +9,8 @@ __all__ = ['FIXES', 'OLD_NAMES', 'InputError', 'Stopped', 'warn_line', 'say', 'd
            'moved']
 
 # %% ../nbs/00_core.ipynb #c0re0005
-import contextlib, contextvars, csv, dataclasses, errno, hashlib, importlib, json, os, platform
-import re, select, signal, socket, sys, threading, time, unicodedata, warnings
+import contextlib, contextvars, csv, dataclasses, errno, hashlib, importlib, json, os
+import platform, re, select, signal, socket, sys, threading, time, unicodedata, warnings
 from pathlib import Path, PurePath
 
 # %% ../nbs/00_core.ipynb #c0re0006
@@ -24,13 +24,9 @@ class InputError(ValueError):
     "Bad input from the user; one line: what is wrong, where, and the fix."
 
 class Stopped(Exception):
-    "A run that ended before its last step, after saving."
-    def __init__(self,
-        code: int,  # exit code: 130 interrupted, 3 stopped by a guard
-        message: str,  # one line
-    ):
-        super().__init__(message)
-        self.code = code
+    "A run that ended before its last step, after saving: `Stopped(code, message)`."
+    code = property(lambda self: self.args[0])  # 130 interrupted, 3 stopped by a guard
+    def __str__(self): return self.args[1]
 
 # %% ../nbs/00_core.ipynb #c0re0016
 def warn_line(
@@ -49,21 +45,18 @@ def say(
     return code
 
 # %% ../nbs/00_core.ipynb #c0re0018
-FIXES = {
-    errno.ENOSPC: 'free some space or choose another place',
-    getattr(errno, 'EDQUOT', -1): 'your share of the disk is used up; free some space or choose another place',
-    errno.EROFS: 'this disk can only be read; choose another place',
-    errno.EACCES: 'you may not write there; change the permissions or choose another place',
-    errno.EPERM: 'you may not write there; change the permissions or choose another place',
-    errno.EIO: 'the disk does not answer as it should; choose another one',
-    errno.ENOENT: 'its folder does not exist; make it or choose another place',
-    errno.ENOTDIR: 'a file stands where a folder is needed; choose another place',
-    errno.EISDIR: 'a folder stands where the file is to go; choose another name',
-    errno.ENAMETOOLONG: 'choose a shorter name',
-    errno.EFBIG: 'this disk does not hold files of that size; choose another one',
-    errno.EMFILE: 'too many files are open; raise the limit (ulimit -n)'}
-
-_OPEN_ELSEWHERE = (5, 32)  # Windows: access denied, sharing violation
+_SPACE = 'free some space or choose another place'
+_RIGHTS = 'you may not write there; change the permissions or choose another place'
+FIXES = dict(
+    ENOSPC=_SPACE, EDQUOT='your share of the disk is used up; ' + _SPACE,
+    EACCES=_RIGHTS, EPERM=_RIGHTS,
+    EROFS='this disk can only be read; choose another place',
+    EIO='the disk does not answer as it should; choose another one',
+    EMFILE='too many files are open; raise the limit (ulimit -n)',
+    ENOENT='its folder does not exist; make it or choose another place',
+    ENOTDIR='a file stands where a folder is needed; choose another place',
+    EISDIR='a folder stands where the file is to go; choose another name',
+    ENAMETOOLONG='choose a shorter name')
 
 # %% ../nbs/00_core.ipynb #c0re0019
 def disk_error(
@@ -73,18 +66,22 @@ def disk_error(
     while e is not None and not isinstance(e, OSError): e = e.__context__
     return e
 
+# %% ../nbs/00_core.ipynb #c0re0022
+_OPEN_ELSEWHERE = (5, 32)  # Windows: access denied, sharing violation
+
 def fix_for(
     e: OSError,  # from `disk_error`
 ) -> str:  # what the user can do
     "The way on after an error of the disk."
     if getattr(e, 'winerror', None) in _OPEN_ELSEWHERE:
         return 'another program has it open; close it there'
-    return FIXES.get(e.errno, 'choose another place')
+    return FIXES.get(errno.errorcode.get(e.errno), 'choose another place')
 
 # %% ../nbs/00_core.ipynb #c0re0026
-_REFUSED = {getattr(errno, n, -1) for n in ('EINVAL', 'ENOTSUP', 'EOPNOTSUPP', 'ENOSYS')}
+_REFUSED = {getattr(errno, n, -1) for n in 'EINVAL ENOTSUP EOPNOTSUPP ENOSYS'.split()}
+
 def sync_file(
-    f,  # open file that was written to
+    f,  # open for writing
 ):
     "Wait until the bytes are on the disk, where the file system can."
     f.flush()
@@ -107,10 +104,9 @@ def sync_folder(
 # %% ../nbs/00_core.ipynb #c0re0028
 def _temp_of(path):
     "Where a file grows: beside its place, one for each process and thread."
-    thread = threading.get_ident()
-    main = threading.main_thread().ident
-    mine = f'{os.getpid()}' if thread == main else f'{os.getpid()}-{thread}'
-    name = path.name.encode()[:200].decode(errors='ignore')  # a name has at most 255 bytes
+    own = threading.get_ident() == threading.main_thread().ident
+    mine = os.getpid() if own else f'{os.getpid()}-{threading.get_ident()}'
+    name = path.name.encode()[:200].decode(errors='ignore')  # of 255 bytes
     return path.with_name(f'.{name}.{mine}.tmp')
 
 def _rename(temp, path):
@@ -144,18 +140,18 @@ def write_file(
 # %% ../nbs/00_core.ipynb #c0re0030
 def _bytes(content, path):
     "Text as UTF-8."
-    if not isinstance(content, str): return content
-    try: return content.encode()
+    try: return content.encode() if isinstance(content, str) else content
     except UnicodeEncodeError as e:
-        bad = content[e.start:e.end]
-        raise InputError(f'{path}: {bad!r} is no text (a name that is not UTF-8?); rename it') from None
+        odd = content[e.start:e.end]
+        told = f'{odd!r} comes from a name that is not UTF-8; rename it'
+        raise InputError(f'{path}: {told}') from None
 
 def _named_fault(e, path):
     "The error as it is, or, where the disk was to blame, one line."
     if isinstance(e, InputError) or not isinstance(e, Exception): return e
-    cause = disk_error(e)
-    if cause is None: return e
-    return InputError(f'{path}: could not be written ({cause.strerror or cause}); {fix_for(cause)}')
+    if (cause := disk_error(e)) is None: return e
+    why = cause.strerror or cause
+    return InputError(f'{path}: could not be written ({why}); {fix_for(cause)}')
 
 # %% ../nbs/00_core.ipynb #c0re0031
 def clear_torn(
@@ -185,17 +181,20 @@ def write_json(
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
     return write_file(path, text + '\n')
 
+# %% ../nbs/00_core.ipynb #c0re0039
 def read_json(
     path,  # file to read
     what: str = 'file',  # what it is to the user: 'configuration', 'card', …
 ):  # the value
     "Read facts; a missing or damaged file is named."
     try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))
-    except (FileNotFoundError, NotADirectoryError): raise InputError(f'{path}: no such {what}') from None
+    except (FileNotFoundError, NotADirectoryError): why = f'no such {what}'
+    except OSError as e: why = f'cannot be read ({e.strerror})'
     except (ValueError, RecursionError) as e:
-        why = ' '.join(str(e).split())[:80]
-        raise InputError(f'{path}: is no JSON ({why}); fix it or make it again') from None
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+        why = f'is no JSON ({_brief(e)}); fix it or make it again'
+    raise InputError(f'{path}: {why}')
+
+def _brief(e): return ' '.join(str(e).split())[:80]
 
 # %% ../nbs/00_core.ipynb #c0re0048
 def write_table(
@@ -204,7 +203,9 @@ def write_table(
 ) -> Path:  # `path`
     "Write a table: UTF-8, lines end with a line feed, numbers in full."
     text = df.to_csv(index=False, lineterminator='\n')
-    if '\r' in text: text = df.to_csv(index=False, lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC)
+    if '\r' in text or len(df.columns) == 1:  # a line that is blank, or taken for two
+        quoting = csv.QUOTE_NONNUMERIC
+        text = df.to_csv(index=False, lineterminator='\n', quoting=quoting)
     return write_file(path, text)
 
 # %% ../nbs/00_core.ipynb #c0re0049
@@ -232,24 +233,25 @@ def _read_text(path, only):
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False,
                            encoding='utf-8-sig', usecols=keep)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise InputError(f'{path}: no such table') from None
-    except pd.errors.EmptyDataError:
-        raise InputError(f'{path}: is empty; make it again') from None
+    except (FileNotFoundError, NotADirectoryError): why = 'no such table'
+    except pd.errors.EmptyDataError: why = 'is empty; make it again'
     except (ValueError, OSError) as e:
-        why = ' '.join(str(e).split())[:80]
-        raise InputError(f'{path}: cannot be read as CSV ({why}); save it again as UTF-8') from None
+        why = f'cannot be read as CSV ({_brief(e)}); save it again as UTF-8'
+    raise InputError(f'{path}: {why}')
 
+# %% ../nbs/00_core.ipynb #c0re0038
 def _floats(column, path):
     "A column as numbers; empty is nan."
     import numpy as np
     text = column.to_numpy(object)
     try: return np.array([s or 'nan' for s in text], object).astype(float)
-    except ValueError: pass
-    for line, s in enumerate(text, 2):
-        try: float(s or 'nan')
-        except ValueError:
-            raise InputError(f'{path}: line {line} has {s!r} in the column {column.name}, which holds numbers; fix it') from None
+    except ValueError: line = next(i for i, s in enumerate(text) if not _is_number(s))
+    raise InputError(f'{path}: line {line + 2} has {text[line]!r} in the column '
+                     f'{column.name}, which holds numbers; fix it')
+
+def _is_number(s):
+    try: return bool(not s or float(s) or True)
+    except ValueError: return False
 
 # %% ../nbs/00_core.ipynb #c0re0071
 def hasher():  # has `update(bytes)` and `hexdigest()`
@@ -288,7 +290,8 @@ def file_digest(
     return h.hexdigest()
 
 # %% ../nbs/00_core.ipynb #c0re0063
-_DEVICES = re.compile(r'(CON|PRN|AUX|NUL|CLOCK\$|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-9¹²³])(\..*|\s*)', re.I)
+_DEVICES = re.compile(r'(CON|PRN|AUX|NUL|CLOCK\$|CONIN\$|CONOUT\$|(COM|LPT)[\d¹²³])'
+                      r'(\..*|\s*)', re.I)  # names that Windows keeps for itself
 _LONGEST = 100  # bytes of a name; folders may have 255, whole paths of Windows 260
 
 def _escaped(char):
@@ -297,13 +300,13 @@ def _escaped(char):
 
 def _escape(label):
     "A name that every file system takes; '%' stands for nothing but an escape."
-    text = unicodedata.normalize('NFC', label)
+    text = _nfc(label)
     bad = lambda c: c in '<>:"/\\|?*%' or not c.isprintable()
     name = ''.join(_escaped(c) if bad(c) else c for c in text)
     if name[:1] in ('.', ' ', '-', '~'): name = _escaped(name[0]) + name[1:]
     if name[-1:] in ('.', ' '): name = name[:-1] + _escaped(name[-1])
     device = _DEVICES.fullmatch(name)
-    return f'{device[1]}_{device[2]}' if device else name or '_'
+    return f'{device[1]}_{device[3]}' if device else name or '_'
 
 # %% ../nbs/00_core.ipynb #c0re0064
 def _shortened(name, label, digits):
@@ -311,10 +314,11 @@ def _shortened(name, label, digits):
     room = _LONGEST - digits - 1
     return name.encode()[:room].decode(errors='ignore') + '_' + digest(label)[:digits]
 
-def _same_where_case_is_ignored(name):
+def _nfc(s): return unicodedata.normalize('NFC', s)
+
+def _alike(name):
     "What a name is to systems that ignore capitals and accents' spelling."
-    fold = lambda s: unicodedata.normalize('NFC', unicodedata.normalize('NFC', s).casefold())
-    return {fold(name), fold(name.upper())}
+    return {_nfc(_nfc(s).casefold()) for s in (name, name.upper())}
 
 # %% ../nbs/00_core.ipynb #c0re0065
 def safe_names(
@@ -323,12 +327,13 @@ def safe_names(
     "One name for each label: no two alike, none of them a path."
     names, taken = {}, set()
     wished = {label: _escape(label) for label in labels}
-    for label in sorted(wished, key=lambda l: (wished[l] != l, l)):  # unchanged ones first
+    first = lambda label: (wished[label] != label, label)  # those that keep their name
+    for label in sorted(wished, key=first):
         name, digits = wished[label], 8
         if len(name.encode()) > _LONGEST: name = _shortened(name, label, digits)
-        while taken & _same_where_case_is_ignored(name):
+        while taken & _alike(name):
             name, digits = _shortened(wished[label], label, digits), digits + 4
-        taken |= _same_where_case_is_ignored(name)
+        taken |= _alike(name)
         names[label] = name
     return {label: names[label] for label in wished}
 
@@ -338,30 +343,27 @@ def versions(
 ) -> dict:  # package -> version, 'none' where there is none
     "What a figure was computed with."
     from importlib import metadata
-    def _of(name):
-        try: return platform.python_version() if name == 'python' else metadata.version(name)
+    def find(name):
+        if name == 'python': return platform.python_version()
+        try: return metadata.version(name)
         except metadata.PackageNotFoundError: return 'none'
-    return {name: _of(name) for name in packages}
+    return {name: find(name) for name in packages}
 
 # %% ../nbs/00_core.ipynb #c0re0081
 _HELD = set()  # (file, process): what this process holds; the system does not tell
-_FAR = 2**30  # Windows: the byte that is locked; the others stay readable
+_BUSY = {errno.EACCES, errno.EAGAIN, getattr(errno, 'EDEADLK', -1)}
 
-def _grab(f) -> bool:  # False while another process has it; OSError: there are no locks
-    "Lock an open file."
+def _grab(f, free=False) -> bool:  # False while another process has it
+    "Lock an open file, or free it; OSError where there are no locks."
     try:
         if fcntl: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else: _lock_far(f, msvcrt.LK_NBLCK)
+        else:
+            f.seek(2**30)  # a byte far out: on Windows nobody can read what is locked
+            msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK if free else msvcrt.LK_NBLCK, 1)
     except OSError as e:
-        if e.errno not in (errno.EACCES, errno.EAGAIN, getattr(errno, 'EDEADLK', -1)): raise
+        if e.errno not in _BUSY: raise
         return False
     return True
-
-def _lock_far(f, how):
-    "On Windows a lock is of a stretch of bytes."
-    f.seek(_FAR)
-    msvcrt.locking(f.fileno(), how, 1)
-    f.seek(0)
 
 # %% ../nbs/00_core.ipynb #c0re0082
 def _me(): return f'process {os.getpid()} on {socket.gethostname()}'
@@ -369,7 +371,8 @@ def _me(): return f'process {os.getpid()} on {socket.gethostname()}'
 def _taken(message, who):
     "The error of one who comes second."
     who = who.strip() or 'another process'
-    return InputError(message.replace('{who}', who) if '{who}' in message else f'{message} ({who} holds it)')
+    if '{who}' not in message: message += ' ({who} holds it)'
+    return InputError(message.replace('{who}', who))
 
 def _ended(who) -> bool:  # False when in doubt
     "Has a process of this machine ended?"
@@ -412,53 +415,50 @@ def _locked_file(f, path, message):
     f.write(_me())
     f.flush()
     try: yield
-    finally:
-        if not fcntl: _lock_far(f, msvcrt.LK_UNLCK)
+    finally: fcntl or _grab(f, free=True)
 
 # %% ../nbs/00_core.ipynb #c0re0085
 @contextlib.contextmanager
 def _noted(note, message):
     "Hold a place by a file that exactly one process can create."
     while True:
-        try:
-            with open(note, 'x', encoding='utf-8') as f: f.write(_me())
-            break
-        except FileExistsError: who = _read_note(note)
-        if who is None: continue  # gone in between
-        if not _ended(who): raise _taken(message, f'{who or "a process that was killed"}; if it has ended, remove {note}')
-        warn_line(f'{note}: {who} has ended; its place is taken over')
-        with contextlib.suppress(FileNotFoundError): _take_away(note, who)
+        try: f = open(note, 'x', encoding='utf-8')
+        except FileExistsError: _free(note, message)
+        else: break
+    with f: f.write(_me())
     try: yield
     finally: note.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #c0re0088
+def _free(note, message):
+    "Remove the note of an ended process, and of no other."
+    try: who = _read_note(note)
+    except FileNotFoundError: return  # gone in between
+    if not _ended(who):
+        raise _taken(message, f'{who or "a process"}; if it has ended, remove {note}')
+    warn_line(f'{note}: {who} has ended; its place is taken over')
+    aside = note.with_name(f'{note.name}.{os.getpid()}')
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(note, aside)  # only one process succeeds
+        if aside.read_text(encoding='utf-8') != who: os.rename(aside, note)  # a new one
+        else: aside.unlink()
 
 def _read_note(note):
     "Who holds it; a moment's patience with one who is just writing."
     for _ in range(20):
-        try: who = note.read_text(encoding='utf-8')
-        except FileNotFoundError: return None
-        if who: return who
+        if who := note.read_text(encoding='utf-8'): return who
         time.sleep(.05)
     return ''
 
-def _take_away(note, who):
-    "Remove the note of an ended process, and of no other."
-    aside = note.with_name(f'{note.name}.{os.getpid()}')
-    os.rename(note, aside)  # only one process succeeds
-    if aside.read_text(encoding='utf-8') != who: os.rename(aside, note)  # somebody was quicker
-    else: aside.unlink()
-
 # %% ../nbs/00_core.ipynb #c0re0091
-_COMMAND = contextvars.ContextVar('exit code of an impatient command line', default=None)
-
-def _in_notebook():
-    "Does this process belong to IPython?"
-    shell = sys.modules.get('IPython')
-    return shell is not None and shell.get_ipython() is not None
+_COMMAND = contextvars.ContextVar('exit code after a second Ctrl-C', default=None)
 
 @contextlib.contextmanager
 def _command_line(argv):
     "While a program runs as a command: `python -m …`, without arguments from Python."
-    token = _COMMAND.set(130 if argv is None and not _in_notebook() else None)
+    shell = sys.modules.get('IPython')
+    mine = argv is None and (shell is None or shell.get_ipython() is None)
+    token = _COMMAND.set(130 if mine else None)
     try: yield
     finally: _COMMAND.reset(token)
 
@@ -478,7 +478,7 @@ def interruption(
     except ValueError: pass  # not the main thread: signals stay as they are
     try: yield heard
     finally:
-        for number, handler in old.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, was in old.items(): signal.signal(number, was or signal.SIG_DFL)
 
 # %% ../nbs/00_core.ipynb #c0re0093
 def _hear(heard, end):
@@ -486,9 +486,10 @@ def _hear(heard, end):
     first = heard[0] if heard else None
     heard.append(time.monotonic())
     if first is None: return
-    if 'TORCHELASTIC_RUN_ID' in os.environ and heard[-1] - first < 1: return  # torchrun sends two
+    launched = 'TORCHELASTIC_RUN_ID' in os.environ  # torchrun sends two at once
+    if launched and heard[-1] - first < 1: return
     if end is None: raise KeyboardInterrupt
-    with contextlib.suppress(OSError): os.write(2, b'\ninterrupted twice: ended at once\n')
+    with contextlib.suppress(OSError): os.write(2, b'\ninterrupted twice: ended\n')
     os._exit(end)
 
 # %% ../nbs/00_core.ipynb #c0re0096
@@ -515,7 +516,8 @@ def wait_for(
         time.sleep(every)
         if (now := progress()) != seen: seen, since = now, time.monotonic()
         if time.monotonic() - since > limit:
-            raise InputError(f'waited {limit:g} s for {what}; run the same command again in every process')
+            raise InputError(f'waited {limit:g} s for {what}; run the same command '
+                             'again in every process')
     return result
 
 # %% ../nbs/00_core.ipynb #c0re0101
@@ -523,14 +525,15 @@ def run_program(
     main_body,  # function of a list of arguments; what it returns is the exit code
     argv: list | None = None,  # None: those of the command line
     # last words after Ctrl-C
-    interrupted: str = 'interrupted; what is finished is kept, and the same command goes on',
+    interrupted: str = 'interrupted; what is done is kept, the same command goes on',
     where: str = '',  # which of several processes this is
-    # function of an exception that this chapter does not know -> (code, last words) or None
+    # exception of a later chapter -> (code, last words), None for others
     known=lambda e: None,
 ) -> int:  # 0 done, 2 bad input or full disk, 130 interrupted, or as `Stopped` says
     "Run a program; whatever a user can put right is one line."
     try:
-        with _command_line(argv): code = main_body(sys.argv[1:] if argv is None else list(argv))
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        with _command_line(argv): code = main_body(arguments)
         sys.stdout.flush()
         return code or 0
     except (Exception, KeyboardInterrupt) as e:
@@ -540,17 +543,20 @@ def run_program(
         return say(code, words, where) if words else code
 
 # %% ../nbs/00_core.ipynb #c0re0102
+_DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE'.split()  # the machine's faults
+
 def _ending(e, interrupted):
     "Exit code and last words; None for an error of the program itself."
     if isinstance(e, InputError): return 2, f'error: {e}'
     if isinstance(e, Stopped): return e.code, f'stopped: {e}'
     if isinstance(e, KeyboardInterrupt): return 130, interrupted
     if isinstance(e, BrokenPipeError) and _reader_gone(): return 141, ''
-    if (cause := disk_error(e)) is None or cause.errno not in _DISK: return None
-    return 2, f'error: {cause.filename or "the output"}: {cause.strerror}; {fix_for(cause)}'
+    cause = disk_error(e)
+    if cause is None or errno.errorcode.get(cause.errno) not in _DISK: return None
+    place = cause.filename or 'the output'
+    return 2, f'error: {place}: {cause.strerror}; {fix_for(cause)}'
 
-_DISK = {errno.ENOSPC, getattr(errno, 'EDQUOT', -1), errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
-
+# %% ../nbs/00_core.ipynb #c0re0105
 def _reader_gone() -> bool:
     "Has the program behind our pipe (`| head`) ended? Then say no more."
     try: out = sys.stdout.fileno()
@@ -563,19 +569,16 @@ def _reader_gone() -> bool:
     return True
 
 # %% ../nbs/00_core.ipynb #c0re0111
-OLD_NAMES = {  # 'module.old name': 'module.new name'; to be removed with version 0.3
-    'checkpoint.atomic_write': 'core.write_file',
-    'checkpoint.sync_folder': 'core.sync_folder',
-    'checkpoint.disk_error': 'core.disk_error',
-    'data.save_manifest': 'core.write_table',
-    'train.Stopped': 'core.Stopped',
-    'train.say': 'core.say',
-    'train.catch_signals': 'core.interruption',
-    'prepare.versions': 'core.versions',
-    'downstream.versions': 'core.versions',
-    'report.versions': 'core.versions',
-    'report.read_csv': 'core.read_table',
-    'report.read_json': 'core.read_json',
+OLD_NAMES = {  # module -> its old names, and where they are now; to go with version 0.3
+    'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
+                       disk_error='core.disk_error'),
+    'data': dict(save_manifest='core.write_table'),
+    'train': dict(Stopped='core.Stopped', say='core.say',
+                  catch_signals='core.interruption'),
+    'prepare': dict(versions='core.versions'),
+    'downstream': dict(versions='core.versions'),
+    'report': dict(versions='core.versions', read_csv='core.read_table',
+                   read_json='core.read_json'),
 }
 
 # %% ../nbs/00_core.ipynb #c0re0112
@@ -585,10 +588,11 @@ def moved(
     "Old names of a module, each with one warning."
     said = set()
     def find(name):
-        new = OLD_NAMES.get(f'{module}.{name}')
+        new = OLD_NAMES.get(module, {}).get(name)
         if not new: raise AttributeError(f'module {module!r} has no attribute {name!r}')
         if name not in said:
-            warnings.warn(f'{module}.{name} is now {new}', DeprecationWarning, stacklevel=2)
+            told = f'{module}.{name} is now {new}'
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
             said.add(name)
         home, _, own = new.rpartition('.')
         return getattr(importlib.import_module(f'histogan.{home}'), own)
