@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'picture', 'slide', 'beside', 'draw_sample', 'as_pictur
            'simulate', 'draw_guards', 'curves', 'dirac_gan', 'draw_dirac', 'draw_threshold', 'draw_stains',
            'read_curves', 'draw_run', 'watch']
 
-# %% ../nbs/70_explore.ipynb #455f5b74
+# %% ../nbs/70_explore.ipynb #fa1ea47a
 import csv, json, math
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .losses import g_relativistic
 from .phantom import render, render_densities, stain_for, transmit
 from .quality import quality_metrics
 
-# %% ../nbs/70_explore.ipynb #b2f64195
+# %% ../nbs/70_explore.ipynb #7a1b590f
 def picture(
     fig,  # matplotlib figure; closed
     dpi: int = 100,  # dots per inch; > 0
@@ -36,18 +36,21 @@ def picture(
     plt.close(fig)
     return Image.open(buffer).convert('RGB')
 
-# %% ../nbs/70_explore.ipynb #7bd02fa0
+# %% ../nbs/70_explore.ipynb #d6cd667c
 def slide(
     draw,  # function of the sliders' values that returns a picture
     **controls,  # name -> (low, high[, step]), list of choices, bool or widget
 ):  # ipywidgets' interactive; displays itself
     "Sliders over a function that draws."
+    from inspect import Signature, signature
     from IPython.display import display
     from ipywidgets import interactive
     def show(**values): display(draw(**values))
+    known = [p for n, p in signature(draw).parameters.items() if n in controls]
+    if len(known) == len(controls): show.__signature__ = Signature(known)  # sliders start there
     return interactive(show, **controls)
 
-# %% ../nbs/70_explore.ipynb #cccb1465
+# %% ../nbs/70_explore.ipynb #49669d71
 def beside(
     pictures,  # PIL images
     gap: int = 6,  # white between them; px
@@ -61,7 +64,7 @@ def beside(
         left += p.width + gap
     return page
 
-# %% ../nbs/70_explore.ipynb #15cfa928
+# %% ../nbs/70_explore.ipynb #ad23e9fa
 @torch.no_grad()
 def draw_sample(
     G,  # a Generator, as `load_generator` gives it
@@ -81,7 +84,7 @@ def draw_sample(
     ws = torch.stack([w if k < mix_from else other for k in range(n)])
     return as_picture(G.synthesis(zc, ws, maps)[0], zoom)
 
-# %% ../nbs/70_explore.ipynb #c3a7edaf
+# %% ../nbs/70_explore.ipynb #092ea532
 def as_picture(
     x: torch.Tensor,  # (3, H, W) in [-1, 1]
     zoom: int = 1,  # screen pixels per pixel; ≥ 1
@@ -90,7 +93,7 @@ def as_picture(
     a = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(a).resize((a.shape[1] * zoom, a.shape[0] * zoom), Image.NEAREST)
 
-# %% ../nbs/70_explore.ipynb #0278d477
+# %% ../nbs/70_explore.ipynb #5ded6f93
 @torch.no_grad()
 def draw_walk(
     G,  # a Generator
@@ -110,7 +113,7 @@ def draw_walk(
         return as_picture(G.synthesis(zc, w.expand(n, *w.shape), noise)[0], zoom)
     return beside([at(t) for t in torch.linspace(0, 1, steps).tolist()])
 
-# %% ../nbs/70_explore.ipynb #643fb986
+# %% ../nbs/70_explore.ipynb #72ae2431
 def nearest_patch(
     sample: Image.Image,  # one patch
     patches: list,  # (H, W, 3) uint8 patches to compare with
@@ -125,7 +128,7 @@ def nearest_patch(
         best = np.minimum(best, np.square(pool - pose).mean((1, 2, 3)))
     return int(best.argmin()), float(np.sqrt(best.min()))
 
-# %% ../nbs/70_explore.ipynb #26cf0351
+# %% ../nbs/70_explore.ipynb #4bc58172
 def bent_trace(
     level: float = .85,  # where D's accuracy settles; [0, 1]
     wobble: float = .04,  # slow waves around it; ≥ 0
@@ -141,7 +144,7 @@ def bent_trace(
     return dict(acc=acc, fake_mean_abs=fake + .01 * rng.standard_normal(steps),
                 real_mean_abs=np.full(steps, .47))
 
-# %% ../nbs/70_explore.ipynb #68c6c33b
+# %% ../nbs/70_explore.ipynb #3c789f73
 def simulate(
     trace: dict,  # as `bent_trace` makes it, or columns of metrics_gan.csv
     ada: AdaConfig = AdaConfig(),  # constants of ADA
@@ -161,7 +164,7 @@ def simulate(
         for name, value in zip(out, (a.acc_ema, a.p, g.alpha, s.alpha_max)): out[name].append(value)
     return out
 
-# %% ../nbs/70_explore.ipynb #f742c9ca
+# %% ../nbs/70_explore.ipynb #d4413e0a
 def draw_guards(
     level: float = .85,  # where D's accuracy settles
     breaks: int = 4000,  # step from which the samples drift
@@ -180,7 +183,7 @@ def draw_guards(
               ('mean |x| of samples', dict(fake=trace['fake_mean_abs']), [saturation_limit])]
     return curves(panels, got['events'])
 
-# %% ../nbs/70_explore.ipynb #7214b299
+# %% ../nbs/70_explore.ipynb #00f4fd23
 def curves(
     panels,  # (title, name -> values, thresholds) each
     events=(),  # (step, text) each
@@ -200,7 +203,7 @@ def curves(
     fig.tight_layout()
     return picture(fig)
 
-# %% ../nbs/70_explore.ipynb #801b7e29
+# %% ../nbs/70_explore.ipynb #59f8cf87
 OBJECTIVES = dict(logistic=(d_logistic, lambda f, r: g_nonsat(f)),
                   hinge=(d_hinge, lambda f, r: g_hinge(f)),
                   relativistic=(d_relativistic, g_relativistic))
@@ -232,7 +235,7 @@ def dirac_gan(
         path.append((theta.item(), psi.item(), mean))
     return np.array(path)
 
-# %% ../nbs/70_explore.ipynb #409e8c03
+# %% ../nbs/70_explore.ipynb #46629765
 def draw_dirac(
     **how,  # arguments of `dirac_gan`
 ) -> Image.Image:
@@ -251,7 +254,7 @@ def draw_dirac(
     fig.suptitle(', '.join(f'{k}={v}' for k, v in how.items()) or 'logistic, no R1', fontsize=8)
     return picture(fig, 80)
 
-# %% ../nbs/70_explore.ipynb #29ea455b
+# %% ../nbs/70_explore.ipynb #43bce8f4
 def draw_threshold(
     patches: list,  # (H, W, 3) uint8, all of one size
     metric: str = 'white_ratio',  # a field of QualityMetrics
@@ -272,7 +275,7 @@ def draw_threshold(
         page.paste(tile, (at[0] * side, at[1] * side))
     return page
 
-# %% ../nbs/70_explore.ipynb #d88f199f
+# %% ../nbs/70_explore.ipynb #cfdad670
 def draw_stains(
     label: str = 'TUM',  # class of the phantom
     seed: int = 0,  # of the drawing
@@ -288,7 +291,7 @@ def draw_stains(
     light = [transmit(*amounts, stain) for amounts in ((h, nothing), (nothing, e), (h, e))]
     return beside([Image.fromarray(np.round(l).clip(0, 255).astype(np.uint8)) for l in light])
 
-# %% ../nbs/70_explore.ipynb #4d6b2480
+# %% ../nbs/70_explore.ipynb #0094a8e5
 def read_curves(
     folder,  # of a run
     columns: tuple = ('d_loss', 'g_loss', 'acc_ema', 'ada_p', 'alpha'),  # of the CSV
@@ -298,7 +301,7 @@ def read_curves(
         rows = list(csv.DictReader(line for line in f if line.endswith('\n')))
     return {c: [float(r[c]) if r.get(c) else math.nan for r in rows] for c in columns}
 
-# %% ../nbs/70_explore.ipynb #2e80e4d9
+# %% ../nbs/70_explore.ipynb #c89e31f3
 def draw_run(
     folder,  # of a run
     step: int | None = None,  # the grid at or before this step; None: the newest
@@ -321,7 +324,7 @@ def draw_run(
     grid = Image.open(grids[at]).convert('RGB')
     return beside([grid.resize((width, round(grid.height * width / grid.width))), drawn])
 
-# %% ../nbs/70_explore.ipynb #3f590d01
+# %% ../nbs/70_explore.ipynb #9563b46d
 def watch(
     folder,  # of a run that trains in another process
     every: float = 5.,  # seconds between two looks; > 0
