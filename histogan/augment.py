@@ -16,19 +16,22 @@ from typing import Literal, NamedTuple
 # %% ../nbs/31_augment.ipynb #ca37f394
 def real_accuracy(
     real_logits,  # D's answers to reals; (N,) float
-    threshold: float = 0.0,  # logit; seed 0, see accuracy_threshold
+    threshold: float = 0.0,  # logit; original recipe 0, see accuracy_threshold
 ):  # 0-d tensor on the same device, in [0, 1]; no synchronisation
     "Share of reals that D calls real."
     return (real_logits.detach() > threshold).float().mean()
 
 # %% ../nbs/31_augment.ipynb #d57370f9
 def equilibrium_logit(
-    real_target: float = 0.9,  # D's target for reals; seed
-    fake_target: float = 0.0,  # D's target for fakes; seed
+    real_target: float = 0.9,  # D's target for reals; original recipe
+    fake_target: float = 0.0,  # D's target for fakes; original recipe
 ) -> float:  # the best D's answer when fakes equal reals
     "The logit of the mean target: where a balanced game rests."
     mean = (real_target + fake_target) / 2
-    if not 0 < mean < 1: raise ValueError(f'the mean target must lie strictly between 0 and 1, got {mean}')
+    if not 0 < mean < 1:
+        raise ValueError(
+            f'the mean target must lie strictly between 0 and 1, got {mean}'
+        )
     return math.log(mean / (1 - mean))
 
 # %% ../nbs/31_augment.ipynb #688946e8
@@ -36,26 +39,43 @@ def equilibrium_logit(
 class AdaConfig:
     "Adaptive augmentation: the controller's constants and the size of the moves."
     enabled: bool = True  # False keeps p at 0; acc_ema is still followed
-    ada_target: float = 0.6  # ADA_TARGET: acc_ema at which p rests; [0, 1]; seed
-    ada_decay: float = 0.99  # ADA_DECAY: memory of acc_ema; [0, 1); seed
-    ada_speed: float = 0.20  # ADA_SPEED: p moves 0.001 × error × speed a step; seed
-    ada_max_p: float = 0.12  # ADA_MAX_P: largest p; [0, 1]; seed
-    ada_freeze_until: int = 500  # ADA_FREEZE_UNTIL: p = 0 before this step; seed
-    ada_p_cap_if_acc_hi: float = 0.08  # ADA_P_CAP_IF_ACC_HI: largest p then; seed
-    ada_acc_hi: float = 0.9  # acc_ema above which that cap holds; [0, 1]; seed
-    acc_threshold: float | Literal['equilibrium'] = 0.0  # logit that counts as 'real'; seed 0
+    ada_target: float = 0.6  # ADA_TARGET: acc_ema at which p rests; [0, 1]; original recipe
+    ada_decay: float = 0.99  # ADA_DECAY: memory of acc_ema; [0, 1); original recipe
+    ada_speed: float = 0.20  # ADA_SPEED: p moves 0.001 × error × speed a step; original recipe
+    ada_max_p: float = 0.12  # ADA_MAX_P: largest p; [0, 1]; original recipe
+    ada_freeze_until: int = 500  # ADA_FREEZE_UNTIL: p = 0 before this step; original recipe
+    ada_p_cap_if_acc_hi: float = 0.08  # ADA_P_CAP_IF_ACC_HI: largest p then; original recipe
+    ada_acc_hi: float = 0.9  # acc_ema above which that cap holds; [0, 1]; original recipe
+    # logit that counts as 'real'; original recipe 0
+    acc_threshold: float | Literal['equilibrium'] = 0.0
     max_rotation: float = 10.0  # largest angle; degrees in [0, 180]; decided
     max_translation: float = 1 / 32  # largest shift; share of the side; decided
 
     def __post_init__(self):
-        for name in ('ada_target', 'ada_max_p', 'ada_p_cap_if_acc_hi', 'ada_acc_hi', 'max_translation'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f'ada.{name} must lie in [0, 1]')
-        if not 0 <= self.ada_decay < 1: raise ValueError('ada.ada_decay must lie in [0, 1)')
-        if not 0 <= self.ada_speed < math.inf: raise ValueError('ada.ada_speed must be finite and ≥ 0')
-        if self.ada_freeze_until < 0: raise ValueError('ada.ada_freeze_until must be ≥ 0')
-        if not 0 <= self.max_rotation <= 180: raise ValueError('ada.max_rotation must lie in [0, 180] degrees')
-        if self.acc_threshold != 'equilibrium' and not (isinstance(self.acc_threshold, (int, float)) and math.isfinite(self.acc_threshold)):
-            raise ValueError("ada.acc_threshold must be a finite number or 'equilibrium'")
+        for name in (
+            'ada_target',
+            'ada_max_p',
+            'ada_p_cap_if_acc_hi',
+            'ada_acc_hi',
+            'max_translation',
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'ada.{name} must lie in [0, 1]')
+        if not 0 <= self.ada_decay < 1:
+            raise ValueError('ada.ada_decay must lie in [0, 1)')
+        if not 0 <= self.ada_speed < math.inf:
+            raise ValueError('ada.ada_speed must be finite and ≥ 0')
+        if self.ada_freeze_until < 0:
+            raise ValueError('ada.ada_freeze_until must be ≥ 0')
+        if not 0 <= self.max_rotation <= 180:
+            raise ValueError('ada.max_rotation must lie in [0, 180] degrees')
+        if self.acc_threshold != 'equilibrium' and not (
+            isinstance(self.acc_threshold, (int, float))
+            and math.isfinite(self.acc_threshold)
+        ):
+            raise ValueError(
+                "ada.acc_threshold must be a finite number or 'equilibrium'"
+            )
 
 # %% ../nbs/31_augment.ipynb #688946e8-2
 @dataclass(frozen=True)
@@ -71,7 +91,11 @@ def accuracy_threshold(
     fake_target: float = 0.0,  # D's target for fakes
 ) -> float:  # logit, for real_accuracy
     "The threshold as a number."
-    return equilibrium_logit(real_target, fake_target) if cfg.acc_threshold == 'equilibrium' else float(cfg.acc_threshold)
+    return (
+        equilibrium_logit(real_target, fake_target)
+        if cfg.acc_threshold == 'equilibrium'
+        else float(cfg.acc_threshold)
+    )
 
 # %% ../nbs/31_augment.ipynb #fb31db77
 def ada_update(
@@ -82,10 +106,19 @@ def ada_update(
 ) -> AdaState:  # after this step
     "One step of the controller (recipe, `ADA_*`): the mean first, then p from it."
     if not 0 <= acc <= 1: raise ValueError(f'acc must lie in [0, 1], got {acc}')
-    acc_ema = acc if state.acc_ema is None else cfg.ada_decay * state.acc_ema + (1 - cfg.ada_decay) * acc
+    acc_ema = (
+        acc
+        if state.acc_ema is None
+        else cfg.ada_decay * state.acc_ema + (1 - cfg.ada_decay) * acc
+    )
     if not cfg.enabled or step < cfg.ada_freeze_until: return AdaState(0.0, acc_ema)
-    p = min(max(state.p + 0.001 * (acc_ema - cfg.ada_target) * cfg.ada_speed, 0.0), cfg.ada_max_p)
-    return AdaState(min(p, cfg.ada_p_cap_if_acc_hi) if acc_ema > cfg.ada_acc_hi else p, acc_ema)
+    p = min(
+        max(state.p + 0.001 * (acc_ema - cfg.ada_target) * cfg.ada_speed, 0.0),
+        cfg.ada_max_p,
+    )
+    return AdaState(
+        min(p, cfg.ada_p_cap_if_acc_hi) if acc_ema > cfg.ada_acc_hi else p, acc_ema
+    )
 
 # %% ../nbs/31_augment.ipynb #e6c4c7c8
 class Augmentations(NamedTuple):
@@ -107,7 +140,11 @@ def draw_augmentations(
     u = torch.rand(7, n, generator=generator, device=device).cpu()
     turn, shift = (u[1] < p).float(), (u[2] < p).float()
     span = 2 * u[4:] - 1  # (3, N) float32 in [-1, 1)
-    return Augmentations((u[0] < p) & (u[3] < 0.5), turn * span[0] * math.radians(max_rotation), (shift * span[1:] * max_translation).T)
+    return Augmentations(
+        (u[0] < p) & (u[3] < 0.5),
+        turn * span[0] * math.radians(max_rotation),
+        (shift * span[1:] * max_translation).T,
+    )
 
 # %% ../nbs/31_augment.ipynb #c4f892d9
 class _Warp(torch.autograd.Function):
@@ -119,7 +156,9 @@ class _Warp(torch.autograd.Function):
         grid,  # where each output pixel looks; (N, H, W, 2) in [-1, 1]
     ):  # resampled images
         ctx.save_for_backward(grid)
-        return F.grid_sample(x, grid, mode='bilinear', padding_mode='reflection', align_corners=False)
+        return F.grid_sample(
+            x, grid, mode='bilinear', padding_mode='reflection', align_corners=False
+        )
 
     @staticmethod
     def backward(
@@ -137,8 +176,11 @@ class _WarpAdjoint(torch.autograd.Function):
         g,  # gradient at `_Warp`'s output; (N, C, H, W)
         grid,  # the same grid
     ):  # gradient at `_Warp`'s images
-        ctx.save_for_backward(grid)  # below: 0 = bilinear, 2 = reflection, and no gradient of the grid
-        return torch.ops.aten.grid_sampler_2d_backward(g, torch.zeros_like(g), grid, 0, 2, False, [True, False])[0]
+        # below: 0 = bilinear, 2 = reflection, and no gradient of the grid
+        ctx.save_for_backward(grid)
+        return torch.ops.aten.grid_sampler_2d_backward(
+            g, torch.zeros_like(g), grid, 0, 2, False, [True, False]
+        )[0]
 
     @staticmethod
     def backward(
@@ -157,8 +199,15 @@ def warp(
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     h, w = x.shape[-2:]
     c, s = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([c, -s * h / w, 2 * shift[:, 0]], 1), torch.stack([s * w / h, c, 2 * shift[:, 1]], 1)], 1)
-    with torch.autocast(x.device.type, enabled=False):  # it would compute the grid in half precision, 1/256 of a side apart
+    theta = torch.stack(
+        [
+            torch.stack([c, -s * h / w, 2 * shift[:, 0]], 1),
+            torch.stack([s * w / h, c, 2 * shift[:, 1]], 1),
+        ],
+        1,
+    )
+    # it would compute the grid in half precision, 1/256 of a side apart
+    with torch.autocast(x.device.type, enabled=False):
         grid = F.affine_grid(theta.to(wide), list(x.shape), align_corners=False)
         return _Warp.apply(wide, grid).to(x.dtype)
 
@@ -168,10 +217,18 @@ def apply_augmentations(
     moves: Augmentations,  # one per image
 ):  # same shape, dtype and device; untouched images bit for bit
     "Only images that move are computed."
-    flip, move = moves.flip.nonzero()[:, 0], ((moves.angle != 0) | (moves.shift != 0).any(1)).nonzero()[:, 0]
+    flip, move = (
+        moves.flip.nonzero()[:, 0],
+        ((moves.angle != 0) | (moves.shift != 0).any(1)).nonzero()[:, 0],
+    )
     i, j = flip.to(x.device), move.to(x.device)
     if len(i): x = x.index_copy(0, i, x[i].flip(-1))
-    if len(j): x = x.index_copy(0, j, warp(x[j], moves.angle[move].to(x.device), moves.shift[move].to(x.device)))
+    if len(j):
+        x = x.index_copy(
+            0,
+            j,
+            warp(x[j], moves.angle[move].to(x.device), moves.shift[move].to(x.device)),
+        )
     return x
 
 # %% ../nbs/31_augment.ipynb #d8dcaff6
@@ -184,7 +241,13 @@ def ada_augment(
 ):  # same shape and dtype; x itself when p is 0
     "Mirror, turn and shift, each with probability p for each image."
     if not 0 <= p <= 1: raise ValueError(f'p must lie in [0, 1], got {p}')
-    return x if p == 0 else apply_augmentations(x, draw_augmentations(len(x), p, generator, max_rotation, max_translation))
+    return (
+        x
+        if p == 0
+        else apply_augmentations(
+            x, draw_augmentations(len(x), p, generator, max_rotation, max_translation)
+        )
+    )
 
 # %% ../nbs/31_augment.ipynb #ad600daf
 def draw_d4(
@@ -202,7 +265,8 @@ def d4(
     moves=None,  # from `draw_d4`; None = drawn here
 ):  # same shape and dtype; every pixel value kept
     "One of the eight flips and quarter turns per image, uniformly."
-    if x.shape[-1] != x.shape[-2]: raise ValueError(f'd4 needs square images, got {tuple(x.shape)}')
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f'd4 needs square images, got {tuple(x.shape)}')
     moves = draw_d4(len(x), generator) if moves is None else moves
     transpose, horizontal, vertical = moves.T[..., None, None, None].to(x.device)
     x = torch.where(transpose, x.transpose(2, 3), x)

@@ -28,20 +28,28 @@ class Verdict:
 # %% ../nbs/40_guards.ipynb #c9ccec2b-2
 @dataclass(frozen=True)
 class GateConfig:
-    "The alpha gate: how much the encoder's head counts in D."
-    acc_gate_hi: float = 0.78  # ACC_GATE_HI: acc_ema that opens; [0, 1]; seed
-    acc_gate_lo: float = 0.70  # ACC_GATE_LO: acc_ema that shuts; ≤ hi; seed
-    alpha_max: float = 0.15  # ALPHA_MAX: alpha's target when open; ≥ 0; seed
-    alpha_dalpha: float = 1e-4  # ALPHA_DALPHA: largest change a step; > 0; seed
-    alpha_tau: float = 400.0  # ALPHA_TAU: time constant; steps, > 0; seed
-    alpha_freeze_until: int = 500  # ALPHA_FREEZE_UNTIL: shut before; steps; seed
-    duet_dwell_steps: int = 200  # DUET_DWELL_STEPS: wait after a switch; seed
+    "The encoder gate: how much the encoder's head counts in D."
+    acc_gate_hi: float = 0.78  # ACC_GATE_HI: acc_ema that opens; [0, 1]; original recipe
+    acc_gate_lo: float = 0.70  # ACC_GATE_LO: acc_ema that shuts; ≤ hi; original recipe
+    alpha_max: float = 0.15  # ALPHA_MAX: alpha's target when open; ≥ 0; original recipe
+    alpha_dalpha: float = 1e-4  # ALPHA_DALPHA: largest change a step; > 0; original recipe
+    alpha_tau: float = 400.0  # ALPHA_TAU: time constant; steps, > 0; original recipe
+    alpha_freeze_until: int = 500  # ALPHA_FREEZE_UNTIL: shut before; steps; original recipe
+    duet_dwell_steps: int = 200  # DUET_DWELL_STEPS: wait after a switch; original recipe
 
     def __post_init__(self):
-        if not 0 <= self.acc_gate_lo <= self.acc_gate_hi <= 1: raise ValueError('gate.acc_gate_lo ≤ gate.acc_gate_hi must both lie in [0, 1]')
-        if not 0 <= self.alpha_max < math.inf: raise ValueError('gate.alpha_max must be finite and ≥ 0')
-        if not (self.alpha_dalpha > 0 and self.alpha_tau > 0): raise ValueError('gate.alpha_dalpha and gate.alpha_tau must be > 0')
-        if min(self.alpha_freeze_until, self.duet_dwell_steps) < 0: raise ValueError('gate.alpha_freeze_until and gate.duet_dwell_steps must be ≥ 0')
+        if not 0 <= self.acc_gate_lo <= self.acc_gate_hi <= 1:
+            raise ValueError(
+                'gate.acc_gate_lo ≤ gate.acc_gate_hi must both lie in [0, 1]'
+            )
+        if not 0 <= self.alpha_max < math.inf:
+            raise ValueError('gate.alpha_max must be finite and ≥ 0')
+        if not (self.alpha_dalpha > 0 and self.alpha_tau > 0):
+            raise ValueError('gate.alpha_dalpha and gate.alpha_tau must be > 0')
+        if min(self.alpha_freeze_until, self.duet_dwell_steps) < 0:
+            raise ValueError(
+                'gate.alpha_freeze_until and gate.duet_dwell_steps must be ≥ 0'
+            )
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-3
 @dataclass(frozen=True)
@@ -68,9 +76,17 @@ def _switch(cfg, state, obs):
     if obs.force_off: return False, None, 'forced_off' if state.on else ''
     threshold = cfg.acc_gate_lo if state.on else cfg.acc_gate_hi
     if obs.acc_ema is None: return state.on, threshold, ''
-    wants = obs.acc_ema > cfg.acc_gate_lo if state.on else obs.acc_ema >= cfg.acc_gate_hi and obs.stable
+    wants = (
+        obs.acc_ema > cfg.acc_gate_lo
+        if state.on
+        else obs.acc_ema >= cfg.acc_gate_hi and obs.stable
+    )
     if wants == state.on: return state.on, threshold, ''
-    if state.last_switch is not None and obs.step < state.last_switch + cfg.duet_dwell_steps: return state.on, threshold, 'wait'
+    if (
+        state.last_switch is not None
+        and obs.step < state.last_switch + cfg.duet_dwell_steps
+    ):
+        return state.on, threshold, 'wait'
     return wants, threshold, 'on' if wants else 'off'
 
 # %% ../nbs/40_guards.ipynb #5665ba0a
@@ -84,31 +100,41 @@ def gate_update(
     tripped = action in ('on', 'off', 'forced_off')
     alpha = 0.0
     if obs.step >= cfg.alpha_freeze_until:
-        target = (cfg.alpha_max if obs.alpha_max is None else obs.alpha_max) if on else 0.0
+        target = (
+            (cfg.alpha_max if obs.alpha_max is None else obs.alpha_max) if on else 0.0
+        )
         pull = (1 - math.exp(-1 / cfg.alpha_tau)) * (target - state.alpha)
         alpha = state.alpha + min(max(pull, -cfg.alpha_dalpha), cfg.alpha_dalpha)
-    return (GateState(on, alpha, obs.step if tripped else state.last_switch),
-            Verdict('gate', obs.step, obs.acc_ema, threshold, tripped, action, log=tripped))
+    return (
+        GateState(on, alpha, obs.step if tripped else state.last_switch),
+        Verdict('gate', obs.step, obs.acc_ema, threshold, tripped, action, log=tripped),
+    )
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-5
 @dataclass(frozen=True)
 class SaturationConfig:
     "The saturation guard: a one-way ratchet on the encoder's two influences."
-    saturation_limit: float = 0.75  # mean|x_fake| above which it trips; > 0; seed
-    lambda_factor: float = 0.9  # LAMBDA_PERCEPTUAL is multiplied by it; (0, 1]; seed
-    lambda_min: float = 0.005  # floor of that; ≥ 0; seed
-    alpha_factor: float = 0.95  # ALPHA_MAX is multiplied by it; (0, 1]; seed
-    alpha_min: float = 0.10  # floor of that; ≥ 0; seed
-    log_every: int = 50  # fewest steps between two logged trips; seed
-    relative: bool = False  # limit from mean|x_real| instead; seed False
+    saturation_limit: float = 0.75  # mean|x_fake| above which it trips; > 0; original recipe
+    lambda_factor: float = 0.9  # LAMBDA_PERCEPTUAL is multiplied by it; (0, 1]; original recipe
+    lambda_min: float = 0.005  # floor of that; ≥ 0; original recipe
+    alpha_factor: float = 0.95  # ALPHA_MAX is multiplied by it; (0, 1]; original recipe
+    alpha_min: float = 0.10  # floor of that; ≥ 0; original recipe
+    log_every: int = 50  # fewest steps between two logged trips; original recipe
+    relative: bool = False  # limit from mean|x_real| instead; original recipe False
     headroom: float = 0.5  # relative: share of 1 - mean|x_real| allowed; decided
 
     def __post_init__(self):
-        if not 0 < self.saturation_limit < math.inf: raise ValueError('sat.saturation_limit must be finite and > 0')
-        if not (0 < self.lambda_factor <= 1 and 0 < self.alpha_factor <= 1): raise ValueError('sat.lambda_factor and sat.alpha_factor must lie in (0, 1]')
-        if not (self.lambda_min >= 0 and self.alpha_min >= 0): raise ValueError('sat.lambda_min and sat.alpha_min must be ≥ 0')
+        if not 0 < self.saturation_limit < math.inf:
+            raise ValueError('sat.saturation_limit must be finite and > 0')
+        if not (0 < self.lambda_factor <= 1 and 0 < self.alpha_factor <= 1):
+            raise ValueError(
+                'sat.lambda_factor and sat.alpha_factor must lie in (0, 1]'
+            )
+        if not (self.lambda_min >= 0 and self.alpha_min >= 0):
+            raise ValueError('sat.lambda_min and sat.alpha_min must be ≥ 0')
         if self.log_every < 1: raise ValueError('sat.log_every must be ≥ 1')
-        if not 0 <= self.headroom <= 1: raise ValueError('sat.headroom must lie in [0, 1]')
+        if not 0 <= self.headroom <= 1:
+            raise ValueError('sat.headroom must lie in [0, 1]')
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-6
 @dataclass(frozen=True)
@@ -131,9 +157,10 @@ def saturation_threshold(
     cfg: SaturationConfig,  # constants
     real_mean_abs: float | None = None,  # mean |x_real|; [0, 1]
 ) -> float:  # trips strictly above
-    "The seed's limit, or a share of the room that the reals leave."
+    "The original recipe's limit, or a share of the room that the reals leave."
     if not cfg.relative: return cfg.saturation_limit
-    if real_mean_abs is None: raise ValueError('sat.relative compares with the reals: give real_mean_abs')
+    if real_mean_abs is None:
+        raise ValueError('sat.relative compares with the reals: give real_mean_abs')
     return real_mean_abs + cfg.headroom * (1 - real_mean_abs)
 
 # %% ../nbs/40_guards.ipynb #994699ec
@@ -144,11 +171,17 @@ def saturation_update(
 ) -> tuple[SaturationState, Verdict]:  # tripped: also the gate's force_off
     "One step of the guard (recipe, saturation). It only ever lowers."
     threshold = saturation_threshold(cfg, obs.real_mean_abs)
-    if not obs.fake_mean_abs > threshold: return state, Verdict('saturation', obs.step, obs.fake_mean_abs, threshold)
+    if not obs.fake_mean_abs > threshold:
+        return state, Verdict('saturation', obs.step, obs.fake_mean_abs, threshold)
     log = state.last_logged is None or obs.step >= state.last_logged + cfg.log_every
-    lowered = SaturationState(_lower(state.lambda_perceptual, cfg.lambda_factor, cfg.lambda_min),
-                              _lower(state.alpha_max, cfg.alpha_factor, cfg.alpha_min), obs.step if log else state.last_logged)
-    return lowered, Verdict('saturation', obs.step, obs.fake_mean_abs, threshold, True, 'lower', log)
+    lowered = SaturationState(
+        _lower(state.lambda_perceptual, cfg.lambda_factor, cfg.lambda_min),
+        _lower(state.alpha_max, cfg.alpha_factor, cfg.alpha_min),
+        obs.step if log else state.last_logged,
+    )
+    return lowered, Verdict(
+        'saturation', obs.step, obs.fake_mean_abs, threshold, True, 'lower', log
+    )
 
 # %% ../nbs/40_guards.ipynb #2d307b13
 def _lower(value, factor, floor):
@@ -162,7 +195,8 @@ class NonFiniteConfig:
     nonfinite_limit: int = 20  # skipped steps in a row that stop the run; ≥ 1; decided
 
     def __post_init__(self):
-        if self.nonfinite_limit < 1: raise ValueError('nonfinite.nonfinite_limit must be ≥ 1')
+        if self.nonfinite_limit < 1:
+            raise ValueError('nonfinite.nonfinite_limit must be ≥ 1')
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-9
 @dataclass(frozen=True)
@@ -186,9 +220,24 @@ def nonfinite_update(
     obs: NonFiniteObs,  # this step's numbers
 ) -> tuple[NonFiniteState, Verdict]:  # action '', 'skip' or 'stop'
     "Count the optimiser steps that must not be taken (decided)."
-    state = NonFiniteState(0, state.total) if obs.finite else NonFiniteState(state.run + 1, state.total + 1)
-    action = '' if obs.finite else 'stop' if state.run >= cfg.nonfinite_limit else 'skip'
-    return state, Verdict('nonfinite', obs.step, state.run, cfg.nonfinite_limit, not obs.finite, action, not obs.finite, obs.what)
+    state = (
+        NonFiniteState(0, state.total)
+        if obs.finite
+        else NonFiniteState(state.run + 1, state.total + 1)
+    )
+    action = (
+        '' if obs.finite else 'stop' if state.run >= cfg.nonfinite_limit else 'skip'
+    )
+    return state, Verdict(
+        'nonfinite',
+        obs.step,
+        state.run,
+        cfg.nonfinite_limit,
+        not obs.finite,
+        action,
+        not obs.finite,
+        obs.what,
+    )
 
 # %% ../nbs/40_guards.ipynb #84973015
 def all_finite(
@@ -196,7 +245,9 @@ def all_finite(
 ):  # 0-d bool tensor; no synchronisation until it is read
     "True when no element of any tensor is NaN or infinite."
     finite = [t.detach().isfinite().all() for t in tensors]
-    return finite[0] if len(finite) == 1 else sum(f.int() for f in finite) == len(finite)
+    return (
+        finite[0] if len(finite) == 1 else sum(f.int() for f in finite) == len(finite)
+    )
 
 # %% ../nbs/40_guards.ipynb #7ca798ab
 def ema_update(
@@ -208,7 +259,10 @@ def ema_update(
     import torch  # here, so that the state machines load without it
     if not 0 <= beta <= 1: raise ValueError(f'beta must lie in [0, 1], got {beta}')
     ours, theirs = dict(G_ema.named_parameters()), dict(G.named_parameters())
-    if ours.keys() != theirs.keys(): raise ValueError(f'G_ema and G differ: {sorted(ours.keys() ^ theirs.keys())[:3]}')
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f'G_ema and G differ: {sorted(ours.keys() ^ theirs.keys())[:3]}'
+        )
     with torch.no_grad():
         torch._foreach_lerp_(list(ours.values()), list(theirs.values()), 1 - beta)
         for a, b in zip(G_ema.buffers(), G.buffers(), strict=True): a.copy_(b)
@@ -216,15 +270,18 @@ def ema_update(
 # %% ../nbs/40_guards.ipynb #c9ccec2b-11
 @dataclass(frozen=True)
 class EmaConfig:
-    "The average of G's weights that samples, metrics and the best model use."
-    ema_beta: float = 0.9995  # share kept at each step; [0, 1); seed
+    "The EMA generator's weights that samples, metrics and the best model use."
+    ema_beta: float = 0.9995  # share kept at each step; [0, 1); original recipe
     half_life_img: float = 0.0  # > 0 replaces ema_beta; images; modern 3000
     ramp: float = 0.1  # half-life ≤ ramp × images seen; 0 = no ramp; modern
 
     def __post_init__(self):
-        if not 0 <= self.ema_beta < 1: raise ValueError('ema.ema_beta must lie in [0, 1)')
-        if not 0 <= self.half_life_img < math.inf: raise ValueError('ema.half_life_img must be finite and ≥ 0')
-        if not 0 <= self.ramp < math.inf: raise ValueError('ema.ramp must be finite and ≥ 0')
+        if not 0 <= self.ema_beta < 1:
+            raise ValueError('ema.ema_beta must lie in [0, 1)')
+        if not 0 <= self.half_life_img < math.inf:
+            raise ValueError('ema.half_life_img must be finite and ≥ 0')
+        if not 0 <= self.ramp < math.inf:
+            raise ValueError('ema.ramp must be finite and ≥ 0')
 
 # %% ../nbs/40_guards.ipynb #f19a7010
 def ema_half_life(
@@ -243,7 +300,8 @@ def ema_beta(
     ramp: float = 0.0,  # half-life ≤ ramp × n_img; 0 = no ramp; modern 0.1
 ) -> float:  # share kept at this step; [0, 1)
     "The decay that has this half-life, shorter while little has been seen."
-    if not half_life_img > 0: raise ValueError(f'half_life_img must be > 0, got {half_life_img}')
+    if not half_life_img > 0:
+        raise ValueError(f'half_life_img must be > 0, got {half_life_img}')
     half_life = min(half_life_img, ramp * n_img) if ramp else half_life_img
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
 
@@ -254,14 +312,18 @@ def ema_beta_at(
     n_img: int,  # images seen so far
 ) -> float:  # beta for ema_update
     "The configured decay at this point of the run."
-    return ema_beta(cfg.half_life_img, batch, n_img, cfg.ramp) if cfg.half_life_img else cfg.ema_beta
+    return (
+        ema_beta(cfg.half_life_img, batch, n_img, cfg.ramp)
+        if cfg.half_life_img
+        else cfg.ema_beta
+    )
 
 # %% ../nbs/40_guards.ipynb #1d463c61
 def lr_at(
     step: int,  # scheduler steps done; 0 = before the first
     lr: float,  # learning rate at step 0
     t_max: int,  # steps from lr to the floor; ≥ 1
-    final_ratio: float = 0.01,  # floor over lr; [0, 1]; seed LR_FINAL_RATIO
+    final_ratio: float = 0.01,  # floor over lr; [0, 1]; original recipe LR_FINAL_RATIO
 ) -> float:
     "Half a cosine from lr to lr × final_ratio, which it then holds."
     if t_max < 1: raise ValueError(f't_max must be ≥ 1, got {t_max}')
@@ -290,5 +352,9 @@ def lr_tail_at(
     "Warm up, stay, then fall in a straight line over the tail (modern)."
     if total < 1: raise ValueError(f'total must be ≥ 1, got {total}')
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    done = min(max((step - (1 - tail) * total) / (tail * total), 0.0), 1.0) if tail else 0.0
+    done = (
+        min(max((step - (1 - tail) * total) / (tail * total), 0.0), 1.0)
+        if tail
+        else 0.0
+    )
     return lr * rise * (1 - (1 - final_ratio) * done)

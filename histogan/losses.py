@@ -23,7 +23,8 @@ def _full(
     t, # a floating tensor of any shape
 ): # the same; float16 and bfloat16 as float32
     "Raise half types to float32 and leave float32 and float64 alone."
-    if not t.is_floating_point(): raise ValueError(f'losses take floating tensors, got {t.dtype}')
+    if not t.is_floating_point():
+        raise ValueError(f'losses take floating tensors, got {t.dtype}')
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def _alike(
@@ -31,7 +32,10 @@ def _alike(
     b, # another of the same shape
 ): # both in full precision
     "Two tensors of one shape: broadcasting would pair everything with everything."
-    if a.shape != b.shape: raise ValueError(f'shapes differ and would broadcast: {tuple(a.shape)} and {tuple(b.shape)}')
+    if a.shape != b.shape:
+        raise ValueError(
+            f'shapes differ and would broadcast: {tuple(a.shape)} and {tuple(b.shape)}'
+        )
     return _full(a), _full(b)
 
 # %% ../nbs/30_losses.ipynb #1393edd6
@@ -53,13 +57,15 @@ def g_nonsat(
 def d_bce(
     real, # D's logits on reals; any shape
     fake, # D's logits on fakes; any shape
-    real_target=0.9, # probability asked for reals; [0, 1]; seed
-    fake_target=0.0, # probability asked for fakes; [0, 1]; seed
+    real_target=0.9, # probability asked for reals; [0, 1]; original recipe
+    fake_target=0.0, # probability asked for fakes; [0, 1]; original recipe
 ): # scalar; Salimans et al. 2016, section 3.4
     "Cross-entropy of D with smoothed targets; at targets 1 and 0 it is `d_logistic`."
     real, fake = _full(real), _full(fake)
     bce = F.binary_cross_entropy_with_logits
-    return bce(real, torch.full_like(real, real_target)) + bce(fake, torch.full_like(fake, fake_target))
+    return bce(real, torch.full_like(real, real_target)) + bce(
+        fake, torch.full_like(fake, fake_target)
+    )
 
 # %% ../nbs/30_losses.ipynb #cc6c5672
 def d_hinge(
@@ -101,7 +107,9 @@ def r1_penalty(
     "Squared slope of D per image, summed over C, H, W, averaged over N; without `gamma / 2`."
     if not (x_real.requires_grad and real_pred.requires_grad):
         raise ValueError('R1 needs x_real.requires_grad_() before D sees it')
-    slope, = torch.autograd.grad(_full(real_pred).sum(), x_real, create_graph=True, allow_unused=True)
+    (slope,) = torch.autograd.grad(
+        _full(real_pred).sum(), x_real, create_graph=True, allow_unused=True
+    )
     if slope is None: raise ValueError('real_pred was not computed from this x_real')
     return _full(slope).square().flatten(1).sum(1).mean()
 
@@ -124,7 +132,7 @@ def channel_stats(
 class RealStatsEMA(nn.Module):
     "Moving average of the reals' channel statistics, and the penalty for leaving it."
     def __init__(self,
-        m=0.995, # share kept per update; [0, 1); half-life 138; seed
+        m=0.995, # share kept per update; [0, 1); half-life 138; original recipe
     ):
         super().__init__()
         if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
@@ -140,22 +148,26 @@ class RealStatsEMA(nn.Module):
         "Move the memory towards this batch; the first batch is taken whole."
         for old, new in zip((self.mean, self.std), channel_stats(x_real)):
             new = new.to(old.dtype)
-            old.copy_(torch.where(self.initialised, self.m * old + (1 - self.m) * new, new))
+            old.copy_(
+                torch.where(self.initialised, self.m * old + (1 - self.m) * new, new)
+            )
         self.initialised.fill_(True)
 
     def penalty(self,
         x_fake, # (N, 3, H, W) fakes; clamped to [-1, 1]
-    ): # scalar; 0 before the first update; seed
+    ): # scalar; 0 before the first update; original recipe
         "Mean squared difference of means plus that of standard deviations."
         mean, std = channel_stats(x_fake)
-        gap = (mean - self.mean.to(mean)).square().mean() + (std - self.std.to(std)).square().mean()
+        gap = (mean - self.mean.to(mean)).square().mean() + (
+            std - self.std.to(std)
+        ).square().mean()
         return gap * self.initialised
 
 # %% ../nbs/30_losses.ipynb #95bdb423
 def saturation(
     x_fake, # (N, 3, H, W) fakes in [-1, 1], as D sees them
-    limit=0.6, # mean |pixel| that costs nothing; [0, 1]; seed
-): # scalar; seed
+    limit=0.6, # mean |pixel| that costs nothing; [0, 1]; original recipe
+): # scalar; original recipe
     "Squared excess of the batch's mean absolute pixel over `limit`."
     return (_full(x_fake).abs().mean() - limit).clamp(min=0).square()
 
@@ -163,7 +175,7 @@ def saturation(
 def feature_matching(
     fake_feat, # (N, C) D's features of fakes
     real_feat, # (N, C) D's features of reals; detached here
-): # scalar; after Salimans et al. 2016, section 3.1, but unpaired; seed
+): # scalar; after Salimans et al. 2016, section 3.1, but unpaired; original recipe
     "Mean squared error between D's features of fakes and of unpaired reals."
     return F.mse_loss(*_alike(fake_feat, real_feat.detach()))
 
@@ -171,15 +183,15 @@ def feature_matching(
 def perceptual(
     fake_feat, # (N, d) the encoder's features of fakes, with gradient
     real_feat, # (N, d) its features of reals; detached here
-): # scalar; after Johnson et al. 2016, Eq. 2, but unpaired; seed
+): # scalar; after Johnson et al. 2016, Eq. 2, but unpaired; original recipe
     "Mean squared error between the encoder's features of fakes and of unpaired reals."
     return F.mse_loss(*_alike(fake_feat, real_feat.detach()))
 
 # %% ../nbs/30_losses.ipynb #64f4dcc3
 def mixing_reg(
     x_fake, # (N, 3, H, W) fakes in [-1, 1]; N >= 2
-    target=0.1, # variance that costs nothing; >= 0; seed
-): # scalar; seed
+    target=0.1, # variance that costs nothing; >= 0; original recipe
+): # scalar; original recipe
     "Squared shortfall of the pixel variance over the batch, averaged over pixels."
     if len(x_fake) < 2: raise ValueError('mixing_reg needs a batch of at least 2')
     var = _full(x_fake).flatten(1).var(0).mean()
@@ -191,7 +203,8 @@ def _layout(
     eps=1e-6, # keeps an even image at 0 with a finite gradient; decided
 ): # (N, 64) luminance with zero mean and unit norm per image
     "Where an image is dark, without how dark it is or in which colour."
-    luma = 0.299 * pooled[:, 0] + 0.587 * pooled[:, 1] + 0.114 * pooled[:, 2]  # ITU-R BT.601
+    # ITU-R BT.601
+    luma = 0.299 * pooled[:, 0] + 0.587 * pooled[:, 1] + 0.114 * pooled[:, 2]
     luma = luma.flatten(1) - luma.flatten(1).mean(1, keepdim=True)
     return luma / (luma.square().sum(1, keepdim=True) + eps).sqrt()
 
@@ -203,10 +216,13 @@ def pair_statistics(
     "What is compared within a pair: `colour`, `pooled`, `layout`, then one entry per map."
     x = _full(x)
     pooled = F.adaptive_avg_pool2d(x, 8)  # (N, 3, 8, 8)
-    stats = dict(colour=x.mean((2, 3)), pooled=pooled.flatten(1), layout=_layout(pooled))
+    stats = dict(
+        colour=x.mean((2, 3)), pooled=pooled.flatten(1), layout=_layout(pooled)
+    )
     for i, m in enumerate(maps):
         m = _full(m)
-        stats[f'map{i}'] = torch.cat([m.mean((2, 3)), m.std((2, 3), correction=0)], 1)  # (N, 2 C)
+        # (N, 2 C)
+        stats[f'map{i}'] = torch.cat([m.mean((2, 3)), m.std((2, 3), correction=0)], 1)
     return stats
 
 # %% ../nbs/30_losses.ipynb #decbd99a
@@ -231,13 +247,18 @@ class PairTerm(nn.Module):
         super().__init__()
         if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
         self.m = m
-        self.register_buffer('distance', torch.zeros(num_classes, n_stats, dtype=torch.float64))
+        self.register_buffer(
+            'distance', torch.zeros(num_classes, n_stats, dtype=torch.float64)
+        )
         self.register_buffer('count', torch.zeros(num_classes, dtype=torch.float64))
 
     def _pairs(self, d, y):
         "(P, num_classes) True where a pair is of that class; all False for a mixed pair."
         if d.shape != (len(y) // 2, self.distance.shape[1]) or len(y) % 2:
-            raise ValueError(f'{len(y)} labels and {self.distance.shape[1]} statistics do not fit distances {tuple(d.shape)}')
+            raise ValueError(
+                f'{len(y)} labels and {self.distance.shape[1]} statistics do not fit '
+                f'distances {tuple(d.shape)}'
+            )
         classes = torch.arange(len(self.count), device=y.device)
         return (y[0::2, None] == classes) & (y[0::2, None] == y[1::2, None])
 
@@ -262,9 +283,11 @@ class PairTerm(nn.Module):
         d_fake = _full(d_fake)
         of = (self._pairs(d_fake, y) & (self.count > 0)).to(self.count.dtype)
         known = of.sum(1, keepdim=True)                                  # (P, 1) 0 or 1
-        short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)  # divides by 1 where unknown
+        # divides by 1 where unknown
+        short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)
         missing = F.relu(short) * known.to(d_fake)
-        groups = [g.mean() for g in (missing[:, :3], missing[:, 3:]) if g.shape[1]]  # pixels, maps
+        # pixels, maps
+        groups = [g.mean() for g in (missing[:, :3], missing[:, 3:]) if g.shape[1]]
         return sum(groups) / len(groups)
 
 # %% ../nbs/30_losses.ipynb #37cb71dc
@@ -284,7 +307,10 @@ class LayoutTerm(nn.Module):
         super().__init__()
         if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
         self.m = m
-        for name in ('real', 'fake'): self.register_buffer(name, torch.zeros(num_classes, 64, dtype=torch.float64))
+        for name in ('real', 'fake'):
+            self.register_buffer(
+                name, torch.zeros(num_classes, 64, dtype=torch.float64)
+            )
         self.register_buffer('count', torch.zeros(num_classes, dtype=torch.float64))
 
     @torch.no_grad()
@@ -298,7 +324,10 @@ class LayoutTerm(nn.Module):
         n = of.sum(0)
         rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * (n > 0)
         for memory, l in ((self.real, l_real), (self.fake, l_fake)):
-            memory.lerp_(of.T @ l.to(memory) / n.clamp(min=1)[:, None], rate[:, None].expand_as(memory))
+            memory.lerp_(
+                of.T @ l.to(memory) / n.clamp(min=1)[:, None],
+                rate[:, None].expand_as(memory),
+            )
         self.count += n > 0
 
     def penalty(self,
@@ -313,51 +342,98 @@ class LayoutTerm(nn.Module):
 @dataclass(frozen=True)
 class LossConfig:
     "Which adversarial loss, and the weight of every term."
-    adversarial: Literal['bce', 'logistic', 'hinge', 'relativistic'] = 'bce' # USE_LABEL_SMOOTHING True: bce, False: logistic; seed
-    label_smoothing_real: float = 0.9 # LABEL_SMOOTHING_REAL: target of reals, bce only; [0, 1]; seed
-    label_smoothing_fake: float = 0.0 # LABEL_SMOOTHING_FAKE: target of fakes, bce only; [0, 1]; seed
-    adv_weight: float = 1.0 # weight of the adversarial loss of D and of G, mean over heads; >= 0; seed; 1.5 in preset modern
-    r1_gamma: float = 15.0 # R1_GAMMA: R1 is weighted by half of it; >= 0; seed
-    r1_every: int = 8 # R1_EVERY: steps between R1, not multiplied back; >= 1; seed
-    r2_gamma: float = 0.0 # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in seed
-    drift_eps: float = 1e-3 # DRIFT_EPS: weight of the squared real logit; >= 0; seed
-    lambda_stats: float = 3e-3 # LAMBDA_STATS: weight of the colour statistics; >= 0; seed
-    lambda_perceptual: float = 0.01 # LAMBDA_PERCEPTUAL: weight of the encoder MSE; >= 0; seed
-    lambda_saturation: float = 0.05 # LAMBDA_SATURATION: weight of the saturation excess; >= 0; seed
-    saturation_limit: float = 0.6 # mean |pixel| that costs nothing; [0, 1]; seed
-    lambda_feature_matching: float = 0.1 # LAMBDA_FEATURE_MATCHING: weight of D's feature MSE; >= 0; seed
-    use_mixing_reg: bool = True # USE_MIXING_REG: whether mixing_reg_weight counts; seed
-    mixing_reg_weight: float = 0.1 # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; seed
-    mixing_target: float = 0.1 # variance over the batch that costs nothing; >= 0; seed
+    # USE_LABEL_SMOOTHING True: bce, False: logistic; original recipe
+    adversarial: Literal['bce', 'logistic', 'hinge', 'relativistic'] = 'bce'
+    # LABEL_SMOOTHING_REAL: target of reals, bce only; [0, 1]; original recipe
+    label_smoothing_real: float = 0.9
+    # LABEL_SMOOTHING_FAKE: target of fakes, bce only; [0, 1]; original recipe
+    label_smoothing_fake: float = 0.0
+    # weight of the adversarial loss of D and of G, mean over heads; >= 0; original recipe; 1.5 in
+    # preset modern
+    adv_weight: float = 1.0
+    r1_gamma: float = 15.0 # R1_GAMMA: R1 is weighted by half of it; >= 0; original recipe
+    r1_every: int = 8 # R1_EVERY: steps between R1, not multiplied back; >= 1; original recipe
+    # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in the original recipe
+    r2_gamma: float = 0.0
+    drift_eps: float = 1e-3 # DRIFT_EPS: weight of the squared real logit; >= 0; original recipe
+    # LAMBDA_STATS: weight of the colour statistics; >= 0; original recipe
+    lambda_stats: float = 3e-3
+    # LAMBDA_PERCEPTUAL: weight of the encoder MSE; >= 0; original recipe
+    lambda_perceptual: float = 0.01
+    # LAMBDA_SATURATION: weight of the saturation excess; >= 0; original recipe
+    lambda_saturation: float = 0.05
+    saturation_limit: float = 0.6 # mean |pixel| that costs nothing; [0, 1]; original recipe
+    # LAMBDA_FEATURE_MATCHING: weight of D's feature MSE; >= 0; original recipe
+    lambda_feature_matching: float = 0.1
+    use_mixing_reg: bool = True # USE_MIXING_REG: whether mixing_reg_weight counts; original recipe
+    # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; original recipe
+    mixing_reg_weight: float = 0.1
+    mixing_target: float = 0.1 # variance over the batch that costs nothing; >= 0; original recipe
     pair_weight: float = 0.0 # weight of the pair term; >= 0; 0.5 in preset modern
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
     def __post_init__(self):
         if self.adversarial not in ('bce', 'logistic', 'hinge', 'relativistic'):
-            raise ValueError(f'adversarial must be bce, logistic, hinge or relativistic, got {self.adversarial!r}')
+            raise ValueError(
+                f'adversarial must be bce, logistic, hinge or relativistic, got '
+                f'{self.adversarial!r}'
+            )
         if not 0 <= self.label_smoothing_fake < self.label_smoothing_real <= 1:
-            raise ValueError('label smoothing needs 0 <= fake < real <= 1, got '
-                             f'fake {self.label_smoothing_fake}, real {self.label_smoothing_real}')
-        if not 0 <= self.saturation_limit <= 1: raise ValueError(f'saturation_limit must be in [0, 1], got {self.saturation_limit}')
-        if not (isinstance(self.r1_every, int) and self.r1_every >= 1): raise ValueError(f'r1_every must be a whole number >= 1, got {self.r1_every}')
-        for name in ('adv_weight', 'r1_gamma', 'r2_gamma', 'drift_eps', 'lambda_stats', 'lambda_perceptual', 'lambda_saturation',
-                     'lambda_feature_matching', 'mixing_reg_weight', 'mixing_target', 'pair_weight', 'layout_weight'):
-            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f'{name} must be finite and >= 0, got {getattr(self, name)}')
+            raise ValueError(
+                'label smoothing needs 0 <= fake < real <= 1, got '
+                f'fake {self.label_smoothing_fake}, real {self.label_smoothing_real}'
+            )
+        if not 0 <= self.saturation_limit <= 1:
+            raise ValueError(
+                f'saturation_limit must be in [0, 1], got {self.saturation_limit}'
+            )
+        if not (isinstance(self.r1_every, int) and self.r1_every >= 1):
+            raise ValueError(
+                f'r1_every must be a whole number >= 1, got {self.r1_every}'
+            )
+        for name in (
+            'adv_weight',
+            'r1_gamma',
+            'r2_gamma',
+            'drift_eps',
+            'lambda_stats',
+            'lambda_perceptual',
+            'lambda_saturation',
+            'lambda_feature_matching',
+            'mixing_reg_weight',
+            'mixing_target',
+            'pair_weight',
+            'layout_weight',
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f'{name} must be finite and >= 0, got {getattr(self, name)}'
+                )
 
 # %% ../nbs/30_losses.ipynb #78e953d3
 def d_adversarial(
     cfg, # LossConfig
 ): # fn(real, fake) -> scalar
     "D's adversarial loss, by name."
-    smoothed = partial(d_bce, real_target=cfg.label_smoothing_real, fake_target=cfg.label_smoothing_fake)
-    return dict(bce=smoothed, logistic=d_logistic, hinge=d_hinge, relativistic=d_relativistic)[cfg.adversarial]
+    smoothed = partial(
+        d_bce,
+        real_target=cfg.label_smoothing_real,
+        fake_target=cfg.label_smoothing_fake,
+    )
+    return dict(
+        bce=smoothed, logistic=d_logistic, hinge=d_hinge, relativistic=d_relativistic
+    )[cfg.adversarial]
 
 def g_adversarial(
     cfg, # LossConfig
 ): # fn(fake, real) -> scalar; only relativistic looks at real
     "G's adversarial loss, by name."
     alone = g_hinge if cfg.adversarial == 'hinge' else g_nonsat
-    return g_relativistic if cfg.adversarial == 'relativistic' else lambda fake, real=None: alone(fake)
+    return (
+        g_relativistic
+        if cfg.adversarial == 'relativistic'
+        else lambda fake, real=None: alone(fake)
+    )
 
 # %% ../nbs/30_losses.ipynb #4df7195c
 def r1_due(
@@ -379,14 +455,27 @@ def d_weights(
     step, # D steps so far, this one included; >= 1
 ): # dict adv, r1, r2, drift -> float
     "The weight of each of D's terms in this step."
-    return dict(adv=cfg.adv_weight, r1=cfg.r1_gamma / 2 * r1_due(cfg, step), r2=cfg.r2_gamma / 2 * r2_due(cfg, step), drift=cfg.drift_eps)
+    return dict(
+        adv=cfg.adv_weight,
+        r1=cfg.r1_gamma / 2 * r1_due(cfg, step),
+        r2=cfg.r2_gamma / 2 * r2_due(cfg, step),
+        drift=cfg.drift_eps,
+    )
 
 def g_weights(
     cfg, # LossConfig
 ): # dict term -> float
     "The weight of each of G's terms."
-    return dict(adv=cfg.adv_weight, stats=cfg.lambda_stats, perceptual=cfg.lambda_perceptual, saturation=cfg.lambda_saturation,
-                feature_matching=cfg.lambda_feature_matching, mixing=cfg.mixing_reg_weight * cfg.use_mixing_reg, pair=cfg.pair_weight, layout=cfg.layout_weight)
+    return dict(
+        adv=cfg.adv_weight,
+        stats=cfg.lambda_stats,
+        perceptual=cfg.lambda_perceptual,
+        saturation=cfg.lambda_saturation,
+        feature_matching=cfg.lambda_feature_matching,
+        mixing=cfg.mixing_reg_weight * cfg.use_mixing_reg,
+        pair=cfg.pair_weight,
+        layout=cfg.layout_weight,
+    )
 
 # %% ../nbs/30_losses.ipynb #a621726c
 def weighted_sum(
@@ -394,14 +483,26 @@ def weighted_sum(
     weights, # dict name -> float >= 0; names as in terms
 ): # (total scalar, log dict of detached `name` and `name_w`)
     "The weighted sum of the terms: the one place where a weight is applied."
-    faults = {'terms without a weight': terms.keys() - weights.keys(),
-              'weighted terms that are missing': {k for k, w in weights.items() if w != 0} - terms.keys(),
-              'terms that are not scalars': {k for k, t in terms.items() if t.ndim},
-              'weights that are not finite and >= 0': {k for k, w in weights.items() if not 0 <= w < math.inf}}
+    faults = {
+        'terms without a weight': terms.keys() - weights.keys(),
+        'weighted terms that are missing': {k for k, w in weights.items() if w != 0}
+        - terms.keys(),
+        'terms that are not scalars': {k for k, t in terms.items() if t.ndim},
+        'weights that are not finite and >= 0': {
+            k for k, w in weights.items() if not 0 <= w < math.inf
+        },
+    }
     for what, names in faults.items():
         if names: raise ValueError(f'{what}: {", ".join(sorted(names))}')
     added = {k: weights[k] * _full(t) for k, t in terms.items() if weights[k] != 0}
     if not added: raise ValueError('nothing to minimise: every weight is 0')
     log = {k: t.detach() for k, t in terms.items()}
-    log |= {f'{k}_w': added[k].detach() if k in added else torch.zeros_like(t, requires_grad=False) for k, t in terms.items()}
+    log |= {
+        f'{k}_w': (
+            added[k].detach()
+            if k in added
+            else torch.zeros_like(t, requires_grad=False)
+        )
+        for k, t in terms.items()
+    }
     return sum(added.values()), log
