@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['rank', 'world', 'local_rank', 'processes', 'forked', 'shard', 'gather', 'barrier', 'Elsewhere', 'on_first', 'in_turn',
-           'any_rank', 'lost_peer', 'local_rows', 'gather_batch', 'average', 'from_first']
+           'any_rank', 'lost_peer', 'elsewhere', 'local_rows', 'gather_batch', 'average', 'from_first']
 
 # %% ../nbs/43_dist.ipynb #2a290640
 import contextlib, datetime, multiprocessing, os, pickle, socket, time, uuid
-from .data import InputError
+from .core import InputError, Stopped
 
 # %% ../nbs/43_dist.ipynb #663d2693
 def rank() -> int:  # 0 to world() - 1; 0 writes
-    "The number of this process in the gather_batch run."
+    "The number of this process in the whole run."
     return int(os.environ.get('RANK', 0))
 
 # %% ../nbs/43_dist.ipynb #319cdb03
@@ -30,35 +30,19 @@ def local_rank() -> int:  # 0 on each machine's first process; picks the GPU
 def processes(
     device: str = 'cpu',  # where this process computes; a torch device
     hours: float = 1.0,  # a silent process is given up after; > 0; decided
-):
+    minutes: float = 10.0,  # all must have arrived within; > 0; decided
+):  # InputError when they do not meet
     "Join the other processes for the length of a block; alone, do nothing."
     if world() == 1 or _joined():
         yield
         return
     import torch.distributed as dist
-    if str(device).startswith('cuda'): _use_gpu(device)
+    store = _meet(str(device), minutes)
     backend = 'cpu:gloo,cuda:nccl' if str(device).startswith('cuda') else 'gloo'
-    timeout = datetime.timedelta(hours=hours)
-    store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
-    store = dist.PrefixStore(_round(store), store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(),
+                            timeout=datetime.timedelta(hours=hours))
     try: yield
     finally: dist.destroy_process_group()
-
-# %% ../nbs/43_dist.ipynb #b52fd285
-def _round(store):
-    "A name that only the living processes share."
-    local_rows = uuid.uuid4().hex
-    if rank():
-        store.set(f'hello/{rank()}', local_rows)
-        name = store.get(f'welcome/{local_rows}').decode()  # waits for the first process
-        store.set(f'here/{name}/{rank()}', '')
-        return name
-    for r in range(1, world()):
-        while not store.check([f'here/{local_rows}/{r}']):
-            store.set(f'welcome/{store.get(f"hello/{r}").decode()}', local_rows)
-            time.sleep(0.005)
-    return local_rows
 
 # %% ../nbs/43_dist.ipynb #4c5fc68c
 def _joined():
@@ -66,41 +50,126 @@ def _joined():
     import torch.distributed as dist
     return dist.is_initialized()
 
-def _use_gpu(device):
+def _use_gpu(device) -> str:  # why not, or ''
     "Each process of a machine has a GPU of its own."
     import torch
     n = torch.cuda.device_count()
-    if local_rank() >= n: raise InputError(f'--nproc_per_node: process {local_rank()} of this machine finds only {n} GPU; start at most one process for each')
+    if local_rank() >= n:
+        return (f'--nproc_per_node: process {local_rank()} of this machine finds only '
+                f'{n} GPU; start at most one process for each')
     torch.cuda.set_device(local_rank() if device == 'cuda' else device)
+    return ''
+
+# %% ../nbs/43_dist.ipynb #86077778
+def _meet(device, minutes):
+    "A store that exactly the living processes share."
+    import torch.distributed as dist
+    fault = _use_gpu(device) if device.startswith('cuda') else ''
+    try:
+        limit = datetime.timedelta(minutes=minutes)
+        store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+        return dist.PrefixStore(_round(store, fault, 60 * minutes), store)
+    except dist.DistError: pass
+    place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    raise InputError(f'{world()} processes did not meet at {place} within '
+                     f'{minutes:g} min; start all {world()} again')
+
+# %% ../nbs/43_dist.ipynb #b52fd285
+def _round(store, fault='', limit=600):
+    "A name that only the living processes share."
+    own, deadline = uuid.uuid4().hex, time.monotonic() + limit
+    if fault: _leave(store, fault)
+    if not rank(): return _welcome(store, own, deadline)
+    store.set(f'hello/{rank()}', own)
+    name = _await(store, f'welcome/{own}', deadline)
+    store.set(f'here/{name}/{rank()}', '')
+    _await(store, f'go/{name}', deadline)
+    return name
+
+# %% ../nbs/43_dist.ipynb #c4250942
+def _welcome(store, own, deadline):
+    "In the first process: answer the others until all have confirmed."
+    others = range(1, world())
+    while not store.check([f'here/{own}/{r}' for r in others]):
+        for r in others:
+            if why := _reason(store, r):
+                _leave(store, f'process {r} cannot take part: {why}')
+            if store.check([f'hello/{r}']):
+                store.set(f'welcome/{store.get(f"hello/{r}").decode()}', own)
+        _patience(deadline)
+    store.set(f'go/{own}', '')
+    return own
+
+def _await(store, key, deadline) -> str:
+    "In the others: what the first process says."
+    while not store.check([key]):
+        if _reason(store, 0): raise Elsewhere('the first process has given up')
+        _patience(deadline)
+    return store.get(key).decode()
+
+# %% ../nbs/43_dist.ipynb #fa2988e7
+def _fault(r): return f'fault/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}/{r}'
+
+def _reason(store, r):
+    "Why process r has given up, or ''."
+    return store.get(_fault(r)).decode() if store.check([_fault(r)]) else ''
+
+def _leave(store, fault):
+    "Give up, and tell the others why."
+    store.set(_fault(rank()), fault)
+    if not rank(): time.sleep(1)  # the store may go with this process
+    raise InputError(fault)
+
+def _patience(deadline):
+    "Wait a moment, but not for ever."
+    import torch.distributed as dist
+    if time.monotonic() > deadline: raise dist.DistError('waited too long')
+    time.sleep(0.005)
 
 # %% ../nbs/43_dist.ipynb #7e8fb7bc
 def forked(
     n: int,  # processes; ≥ 1
     f,  # function of nothing; its value must pickle
+    limit: float = 600,  # s; decided
 ) -> list:  # what f returned, by rank; RuntimeError when one failed
     "Call `f` in `n` forked processes that see each other as under `torchrun`."
-    fork = multiprocessing.get_context('fork')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    started = []
-    for k in range(n):
-        here, there = fork.Pipe(False)
-        env = dict(RANK=k, LOCAL_RANK=k, WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        p = fork.Process(target=_work, args=(f, {a: str(b) for a, b in env.items()}, there))
-        p.start()
-        there.close()
-        started.append((p, here))
-    try: return [pickle.loads(here.recv_bytes()) for _, here in started]
-    except EOFError: raise RuntimeError('a process failed; its traceback is above') from None
+    port = _free_port()
+    started = [_fork(f, k, n, port) for k in range(n)]
+    try: return [_result(here, limit) for _, here in started]
+    except EOFError: pass
     finally:
-        for p, _ in started: p.join()
+        for p, _ in started:
+            p.join(1)
+            p.kill()  # one that waits for another which has failed
+    raise RuntimeError('a process failed; its traceback is above')
 
 # %% ../nbs/43_dist.ipynb #0ee0d286
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def _fork(f, k, n, port):
+    "Start process k of n."
+    fork = multiprocessing.get_context('fork')
+    here, there = fork.Pipe(False)
+    env = dict(RANK=k, LOCAL_RANK=k, WORLD_SIZE=n, MASTER_PORT=port)
+    env = {a: str(b) for a, b in env.items()} | dict(MASTER_ADDR='127.0.0.1')
+    p = fork.Process(target=_work, args=(f, env, there))
+    p.start()
+    there.close()
+    return p, here
+
+# %% ../nbs/43_dist.ipynb #5cdba498
 def _work(f, env, there):
     "The life of a forked process."
     os.environ.update(env)
     there.send_bytes(pickle.dumps(f()))
+
+def _result(here, limit):
+    "What a process returned."
+    if not here.poll(limit): raise RuntimeError(f'no result within {limit:g} s')
+    return pickle.loads(here.recv_bytes())
 
 # %% ../nbs/43_dist.ipynb #2e936ad3
 def shard(
@@ -129,6 +198,7 @@ def barrier():
 class Elsewhere(RuntimeError):
     "The first process failed, and has said why."
 
+# %% ../nbs/43_dist.ipynb #55010b44
 def on_first(
     f,  # function
     *args,  # of f
@@ -153,9 +223,9 @@ def in_turn(
     **kw,  # of f
 ):  # f's value in this process
     "Call `f` in the first process, then in all others."
-    local_rows = []
-    on_first(lambda: local_rows.append(f(*args, **kw)))
-    return local_rows[0] if local_rows else f(*args, **kw)
+    own = []
+    on_first(lambda: own.append(f(*args, **kw)))
+    return own[0] if own else f(*args, **kw)
 
 # %% ../nbs/43_dist.ipynb #66269ee5
 def any_rank(
@@ -177,6 +247,18 @@ def lost_peer(
     import torch.distributed as dist
     return isinstance(e, dist.DistError) or 'gloo' in str(e) or 'NCCL' in str(e)
 
+# %% ../nbs/43_dist.ipynb #6e453940
+def elsewhere(
+    e: BaseException,  # as caught by `run_program`
+):  # (exit code, last words); None for an error of this process's own
+    "How a process ends because of another one."
+    if isinstance(e, Elsewhere): return 2, ''
+    if isinstance(e, Stopped) and rank(): return e.code, ''  # the first says it
+    if not lost_peer(e): return None
+    silent = 'imed out' in str(e)
+    what = 'does not answer' if silent else 'has ended'
+    return 1, f'stopped: another process {what}; start all again (train: with --resume)'
+
 # %% ../nbs/43_dist.ipynb #43d03253
 def local_rows(
     drawn,  # tensor with a row per image of all processes, or a list, tuple of them
@@ -187,7 +269,8 @@ def local_rows(
     if isinstance(drawn, (list, tuple)):
         parts = [local_rows(d, unit) for d in drawn]
         return type(drawn)(*parts) if hasattr(drawn, '_fields') else type(drawn)(parts)
-    return drawn.reshape(-1, unit, *drawn.shape[1:])[rank()::world()].reshape(-1, *drawn.shape[1:])
+    shape = drawn.shape[1:]
+    return drawn.reshape(-1, unit, *shape)[rank()::world()].reshape(-1, *shape)
 
 # %% ../nbs/43_dist.ipynb #836512b1
 def gather_batch(
@@ -197,11 +280,13 @@ def gather_batch(
     "The batch of all processes, in the order of a single one."
     if world() == 1: return x
     import torch, torch.distributed as dist
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[rank()] = x.detach() + world() * (x - x.detach())  # x; its gradient counts world() times
-    units = torch.stack([p.reshape(-1, unit, *x.shape[1:]) for p in parts], 1)  # (n/unit, world, unit, …)
-    return units.reshape(-1, *x.shape[1:])
+    here = x.detach().contiguous()
+    parts = [torch.empty_like(here) for _ in range(world())]
+    dist.all_gather(parts, here)
+    parts[rank()] = x.detach() + world() * (x - x.detach())  # x; gradient × world()
+    shape = x.shape[1:]
+    units = torch.stack([p.reshape(-1, unit, *shape) for p in parts], 1)
+    return units.reshape(-1, *shape)  # (n/unit, world, unit, …) -> (n × world, …)
 
 # %% ../nbs/43_dist.ipynb #120a7ca5
 def average(
@@ -212,7 +297,8 @@ def average(
     import torch, torch.distributed as dist
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
     dist.all_reduce(flat)
-    for t, part in zip(tensors, (flat / world()).split([t.numel() for t in tensors])): t.detach().copy_(part.view(t.shape))
+    parts = (flat / world()).split([t.numel() for t in tensors])
+    for t, part in zip(tensors, parts): t.detach().copy_(part.view(t.shape))
 
 # %% ../nbs/43_dist.ipynb #aa6d43ec
 def from_first(
@@ -222,6 +308,7 @@ def from_first(
     if world() == 1: return
     import torch, torch.distributed as dist
     for t in tensors:
-        raw = t.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+        whole = t.detach().clone(memory_format=torch.contiguous_format)
+        raw = whole.reshape(-1).view(torch.uint8)
         dist.broadcast(raw, src=0)
         t.detach().copy_(raw.view(t.dtype).view(t.shape))

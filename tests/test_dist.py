@@ -1,5 +1,5 @@
 "Several processes compute the run of one: under torchrun, with one killed, with another number of them."
-import json, os, signal, sys
+import json, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +108,58 @@ def test_generate_shares_the_work(base, alone):
     assert [p.wait() for p in many] == [0] * 3, many[0].said
     files = lambda d: {str(p.relative_to(d)): p.read_bytes() for p in d.rglob('*') if p.is_file()}
     assert files(base/'one') == files(base/'many') and len(files(base/'one')) == 9*5 + 2
+
+MEETS = '''
+import os, sys, time, signal
+import torch
+from histogan import dist
+from histogan.core import run_program, say
+gpus, minutes, hours, kind = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+torch.cuda.device_count = lambda: gpus
+torch.cuda.set_device = lambda d: None
+def body(argv):
+    with dist.processes('cuda' if gpus < 9 else 'cpu', hours=hours, minutes=minutes):
+        dist.barrier()
+        if dist.rank() == 1 and kind != 'works': os.kill(os.getpid(), dict(killed=signal.SIGKILL, stopped=signal.SIGSTOP)[kind])
+        dist.barrier()
+        print('together', flush=True)
+sys.exit(run_program(body, where=f'process {dist.rank()}' if dist.rank() else '', known=dist.elsewhere))
+'''
+
+def meet(ranks, world, gpus=9, minutes=1, hours=1, kind='works', limit=60):
+    "Exit codes and words of processes that are started by hand, as without torchrun, and the seconds they took."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    started, since = [], time.monotonic()
+    for r in ranks:
+        args = [sys.executable, '-c', MEETS, *map(str, (gpus, minutes, hours, kind))]
+        started.append(subprocess.Popen(args, env=env | {'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try: said = [p.communicate(timeout=limit) for p in started if not (kind == 'stopped' and p is started[1])]
+    finally:
+        for p in started: p.kill()
+    assert not any('Traceback' in err for _, err in said), said
+    lines = [[l for l in (out + err).splitlines() if re.match(r'(\[process \d\] )?(error|stopped|together)', l)] for out, err in said]  # torch has words of its own
+    return [p.wait() for p in started], lines, time.monotonic() - since
+
+def test_processes_started_by_hand_meet():
+    codes, lines, _ = meet(range(2), 2)
+    assert codes == [0, 0] and lines == [['together']] * 2, lines
+
+def test_more_processes_than_gpus_end_all_at_once():
+    "Outside torchrun nobody ends the first process when another leaves."
+    codes, lines, took = meet(range(3), 3, gpus=2)
+    assert codes == [2, 2, 2] and took < 40, (codes, took, lines)
+    assert lines[0] == ['error: process 2 cannot take part: --nproc_per_node: process 2 of this machine finds only 2 GPU; start at most one process for each'], lines
+    assert lines[1] == [] and lines[2][0].startswith('[process 2] error: --nproc_per_node: process 2'), lines
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_process_that_never_comes_is_given_up(rank):
+    codes, lines, took = meet([rank], 2, minutes=.05)
+    assert codes == [2] and took < 40 and len(lines[0]) == 1 and '2 processes did not meet at 127.0.0.1:' in lines[0][0], lines
+
+@pytest.mark.parametrize('kind, words', [('killed', 'another process has ended'), ('stopped', 'another process does not answer')])
+def test_a_process_that_is_lost_or_stands_still_is_one_line(kind, words):
+    codes, lines, took = meet(range(2), 2, hours=5/3600, kind=kind)
+    assert codes[0] == 1 and took < 40 and [l for l in lines[0] if words in l] == lines[0], lines
