@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'picture', 'slide', 'beside', 'draw_sample', 'as_pictur
            'simulate', 'draw_guards', 'curves', 'dirac_gan', 'draw_dirac', 'draw_threshold', 'draw_stains',
            'read_curves', 'draw_run', 'watch']
 
-# %% ../nbs/70_explore.ipynb #fa1ea47a
+# %% ../nbs/70_explore.ipynb #455f5b74
 import csv, json, math
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .losses import g_relativistic
 from .phantom import render, render_densities, stain_for, transmit
 from .quality import quality_metrics
 
-# %% ../nbs/70_explore.ipynb #7a1b590f
+# %% ../nbs/70_explore.ipynb #b2f64195
 def picture(
     fig,  # matplotlib figure; closed
     dpi: int = 100,  # dots per inch; > 0
@@ -36,7 +36,7 @@ def picture(
     plt.close(fig)
     return Image.open(buffer).convert('RGB')
 
-# %% ../nbs/70_explore.ipynb #d6cd667c
+# %% ../nbs/70_explore.ipynb #f8f64666
 def slide(
     draw,  # function of the sliders' values that returns a picture
     **controls,  # name -> (low, high[, step]), list of choices, bool or widget
@@ -47,24 +47,27 @@ def slide(
     from ipywidgets import interactive
     def show(**values): display(draw(**values))
     known = [p for n, p in signature(draw).parameters.items() if n in controls]
-    if len(known) == len(controls): show.__signature__ = Signature(known)  # sliders start there
+    # sliders start there
+    if len(known) == len(controls): show.__signature__ = Signature(known)
     return interactive(show, **controls)
 
-# %% ../nbs/70_explore.ipynb #49669d71
+# %% ../nbs/70_explore.ipynb #cccb1465
 def beside(
     pictures,  # PIL images
     gap: int = 6,  # white between them; px
 ) -> Image.Image:
     "Pictures in a row."
     height = max(p.height for p in pictures)
-    page = Image.new('RGB', (sum(p.width + gap for p in pictures) - gap, height), 'white')
+    page = Image.new(
+        'RGB', (sum(p.width + gap for p in pictures) - gap, height), 'white'
+    )
     left = 0
     for p in pictures:
         page.paste(p, (left, 0))
         left += p.width + gap
     return page
 
-# %% ../nbs/70_explore.ipynb #ad23e9fa
+# %% ../nbs/70_explore.ipynb #15cfa928
 @torch.no_grad()
 def draw_sample(
     G,  # a Generator, as `load_generator` gives it
@@ -84,16 +87,25 @@ def draw_sample(
     ws = torch.stack([w if k < mix_from else other for k in range(n)])
     return as_picture(G.synthesis(zc, ws, maps)[0], zoom)
 
-# %% ../nbs/70_explore.ipynb #092ea532
+# %% ../nbs/70_explore.ipynb #c3a7edaf
 def as_picture(
     x: torch.Tensor,  # (3, H, W) in [-1, 1]
     zoom: int = 1,  # screen pixels per pixel; ≥ 1
 ) -> Image.Image:
     "A tensor as a picture."
-    a = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(a).resize((a.shape[1] * zoom, a.shape[0] * zoom), Image.NEAREST)
+    a = (
+        ((x.float().clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .byte()
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+    )
+    return Image.fromarray(a).resize(
+        (a.shape[1] * zoom, a.shape[0] * zoom), Image.NEAREST
+    )
 
-# %% ../nbs/70_explore.ipynb #5ded6f93
+# %% ../nbs/70_explore.ipynb #0278d477
 @torch.no_grad()
 def draw_walk(
     G,  # a Generator
@@ -113,7 +125,7 @@ def draw_walk(
         return as_picture(G.synthesis(zc, w.expand(n, *w.shape), noise)[0], zoom)
     return beside([at(t) for t in torch.linspace(0, 1, steps).tolist()])
 
-# %% ../nbs/70_explore.ipynb #72ae2431
+# %% ../nbs/70_explore.ipynb #643fb986
 def nearest_patch(
     sample: Image.Image,  # one patch
     patches: list,  # (H, W, 3) uint8 patches to compare with
@@ -128,7 +140,7 @@ def nearest_patch(
         best = np.minimum(best, np.square(pool - pose).mean((1, 2, 3)))
     return int(best.argmin()), float(np.sqrt(best.min()))
 
-# %% ../nbs/70_explore.ipynb #4bc58172
+# %% ../nbs/70_explore.ipynb #26cf0351
 def bent_trace(
     level: float = .85,  # where D's accuracy settles; [0, 1]
     wobble: float = .04,  # slow waves around it; ≥ 0
@@ -144,7 +156,7 @@ def bent_trace(
     return dict(acc=acc, fake_mean_abs=fake + .01 * rng.standard_normal(steps),
                 real_mean_abs=np.full(steps, .47))
 
-# %% ../nbs/70_explore.ipynb #3c789f73
+# %% ../nbs/70_explore.ipynb #68c6c33b
 def simulate(
     trace: dict,  # as `bent_trace` makes it, or columns of metrics_gan.csv
     ada: AdaConfig = AdaConfig(),  # constants of ADA
@@ -157,14 +169,19 @@ def simulate(
     rows = zip(trace['acc'], trace['fake_mean_abs'], trace['real_mean_abs'])
     for step, (acc, fake, real) in enumerate(rows, 1):
         a = ada_update(ada, a, float(acc), step)
-        s, verdict = saturation_update(sat, s, SaturationObs(step, float(fake), float(real)))
+        s, verdict = saturation_update(
+            sat, s, SaturationObs(step, float(fake), float(real))
+        )
         obs = GateObs(step, a.acc_ema, True, s.alpha_max, verdict.tripped)
         g, switch = gate_update(gate, g, obs)
-        out['events'] += [(step, f'{v.guard} {v.action}') for v in (verdict, switch) if v.log]
-        for name, value in zip(out, (a.acc_ema, a.p, g.alpha, s.alpha_max)): out[name].append(value)
+        out['events'] += [
+            (step, f'{v.guard} {v.action}') for v in (verdict, switch) if v.log
+        ]
+        for name, value in zip(out, (a.acc_ema, a.p, g.alpha, s.alpha_max)):
+            out[name].append(value)
     return out
 
-# %% ../nbs/70_explore.ipynb #d4413e0a
+# %% ../nbs/70_explore.ipynb #f742c9ca
 def draw_guards(
     level: float = .85,  # where D's accuracy settles
     breaks: int = 4000,  # step from which the samples drift
@@ -175,22 +192,32 @@ def draw_guards(
 ) -> Image.Image:
     "Three panels: accuracy and gate, ADA's p and alpha, brightness and limit."
     trace = bent_trace(level, breaks=breaks)
-    gate = GateConfig(acc_gate_hi=acc_gate_hi, acc_gate_lo=min(acc_gate_lo, acc_gate_hi))
+    gate = GateConfig(
+        acc_gate_hi=acc_gate_hi, acc_gate_lo=min(acc_gate_lo, acc_gate_hi)
+    )
     sat = SaturationConfig(saturation_limit=saturation_limit)
     got = simulate(trace, AdaConfig(ada_target=ada_target), gate, sat)
-    panels = [('accuracy of D', dict(acc_ema=got['acc_ema']), [acc_gate_hi, acc_gate_lo, ada_target]),
-              ('ADA p, alpha', dict(p=got['p'], alpha=got['alpha']), []),
-              ('mean |x| of samples', dict(fake=trace['fake_mean_abs']), [saturation_limit])]
+    panels = [
+        (
+            'accuracy of D',
+            dict(acc_ema=got['acc_ema']),
+            [acc_gate_hi, acc_gate_lo, ada_target],
+        ),
+        ('ADA p, alpha', dict(p=got['p'], alpha=got['alpha']), []),
+        ('mean |x| of samples', dict(fake=trace['fake_mean_abs']), [saturation_limit]),
+    ]
     return curves(panels, got['events'])
 
-# %% ../nbs/70_explore.ipynb #00f4fd23
+# %% ../nbs/70_explore.ipynb #7214b299
 def curves(
     panels,  # (title, name -> values, thresholds) each
     events=(),  # (step, text) each
 ) -> Image.Image:
     "Panels over steps with thresholds and events drawn in."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 1.7 * len(panels)), sharex=True)
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(8, 1.7 * len(panels)), sharex=True
+    )
     for ax, (title, lines, limits) in zip(np.atleast_1d(axes), panels):
         for name, values in lines.items(): ax.plot(values, lw=.9, label=name)
         for limit in limits: ax.axhline(limit, c='grey', ls='--', lw=.7)
@@ -203,7 +230,7 @@ def curves(
     fig.tight_layout()
     return picture(fig)
 
-# %% ../nbs/70_explore.ipynb #59f8cf87
+# %% ../nbs/70_explore.ipynb #801b7e29
 OBJECTIVES = dict(logistic=(d_logistic, lambda f, r: g_nonsat(f)),
                   hinge=(d_hinge, lambda f, r: g_hinge(f)),
                   relativistic=(d_relativistic, g_relativistic))
@@ -235,7 +262,7 @@ def dirac_gan(
         path.append((theta.item(), psi.item(), mean))
     return np.array(path)
 
-# %% ../nbs/70_explore.ipynb #46629765
+# %% ../nbs/70_explore.ipynb #409e8c03
 def draw_dirac(
     **how,  # arguments of `dirac_gan`
 ) -> Image.Image:
@@ -251,10 +278,12 @@ def draw_dirac(
     b.axhline(0, c='grey', lw=.6)
     b.set(xlabel='step', ylim=(-2, 2))
     b.legend(fontsize=7)
-    fig.suptitle(', '.join(f'{k}={v}' for k, v in how.items()) or 'logistic, no R1', fontsize=8)
+    fig.suptitle(
+        ', '.join(f'{k}={v}' for k, v in how.items()) or 'logistic, no R1', fontsize=8
+    )
     return picture(fig, 80)
 
-# %% ../nbs/70_explore.ipynb #43bce8f4
+# %% ../nbs/70_explore.ipynb #29ea455b
 def draw_threshold(
     patches: list,  # (H, W, 3) uint8, all of one size
     metric: str = 'white_ratio',  # a field of QualityMetrics
@@ -269,13 +298,18 @@ def draw_threshold(
     rows = -(-len(order) // columns)
     page = Image.new('RGB', (columns * side, rows * side), 'white')
     for k, i in enumerate(order):
-        tile, at = Image.fromarray(patches[i]).resize((side, side)), (k % columns, k // columns)
+        tile, at = Image.fromarray(patches[i]).resize((side, side)), (
+            k % columns,
+            k // columns,
+        )
         if (value[i] > limit) == keep_below:
-            ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline='red', width=3)
+            ImageDraw.Draw(tile).rectangle(
+                (0, 0, side - 1, side - 1), outline='red', width=3
+            )
         page.paste(tile, (at[0] * side, at[1] * side))
     return page
 
-# %% ../nbs/70_explore.ipynb #cfdad670
+# %% ../nbs/70_explore.ipynb #d88f199f
 def draw_stains(
     label: str = 'TUM',  # class of the phantom
     seed: int = 0,  # of the drawing
@@ -288,10 +322,14 @@ def draw_stains(
     h, e = render_densities(label, seed, size)
     stain = replace(stain_for(slide_number), intensity=(1., 1.))
     h, e, nothing = h * hematoxylin, e * eosin, np.zeros_like(h)
-    light = [transmit(*amounts, stain) for amounts in ((h, nothing), (nothing, e), (h, e))]
-    return beside([Image.fromarray(np.round(l).clip(0, 255).astype(np.uint8)) for l in light])
+    light = [
+        transmit(*amounts, stain) for amounts in ((h, nothing), (nothing, e), (h, e))
+    ]
+    return beside(
+        [Image.fromarray(np.round(l).clip(0, 255).astype(np.uint8)) for l in light]
+    )
 
-# %% ../nbs/70_explore.ipynb #0094a8e5
+# %% ../nbs/70_explore.ipynb #4d6b2480
 def read_curves(
     folder,  # of a run
     columns: tuple = ('d_loss', 'g_loss', 'acc_ema', 'ada_p', 'alpha'),  # of the CSV
@@ -301,7 +339,7 @@ def read_curves(
         rows = list(csv.DictReader(line for line in f if line.endswith('\n')))
     return {c: [float(r[c]) if r.get(c) else math.nan for r in rows] for c in columns}
 
-# %% ../nbs/70_explore.ipynb #c89e31f3
+# %% ../nbs/70_explore.ipynb #2e80e4d9
 def draw_run(
     folder,  # of a run
     step: int | None = None,  # the grid at or before this step; None: the newest
@@ -322,9 +360,11 @@ def draw_run(
     drawn = curves(panels, events)
     if at is None: return drawn
     grid = Image.open(grids[at]).convert('RGB')
-    return beside([grid.resize((width, round(grid.height * width / grid.width))), drawn])
+    return beside(
+        [grid.resize((width, round(grid.height * width / grid.width))), drawn]
+    )
 
-# %% ../nbs/70_explore.ipynb #9563b46d
+# %% ../nbs/70_explore.ipynb #3f590d01
 def watch(
     folder,  # of a run that trains in another process
     every: float = 5.,  # seconds between two looks; > 0
