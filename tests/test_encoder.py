@@ -11,8 +11,11 @@ from torch.testing import assert_close
 
 from conftest import run_cli
 from histogan.config import load_config
-from histogan.data import InputError
-from histogan.encoder import CNNConfig, lite0_path, load_encoder, load_pathoduet, own_cnn, read_tensors, train_cnn
+from histogan.core import InputError
+from histogan.encoder import load_encoder
+from histogan.frozen import read_tensors
+from histogan.pretrained import lite0_path, load_pathoduet
+from histogan.small_cnn import CNNConfig, own_cnn, train_cnn
 
 torch.set_num_threads(1)
 DEPTH, DIM, HEADS = 12, 768, 12
@@ -213,13 +216,14 @@ def test_cnn_is_trained_once_and_a_damaged_copy_is_replaced(tmp_path):
     rng = np.random.default_rng(0)
     data, cfg = (rng.integers(0, 256, (24, 32, 32, 3), np.uint8), np.arange(24) % 3), CNNConfig(steps=3, widths=(4, 4, 4))
     def make(): return own_cnn(data, 3, tmp_path, cfg, progress=False)
-    first, (file,) = make(), tmp_path.iterdir()
+    first = make()
+    file, = tmp_path.glob('*.safetensors')
     stamp = file.stat().st_mtime_ns
     assert_close(make().state_dict(), first.state_dict(), rtol=0, atol=0)
     assert file.stat().st_mtime_ns == stamp
     file.write_bytes(file.read_bytes()[:-10])
     assert_close(make().state_dict(), first.state_dict(), rtol=0, atol=0)
-    assert file.stat().st_mtime_ns != stamp and len(list(tmp_path.iterdir())) == 1
+    assert file.stat().st_mtime_ns != stamp and len(list(tmp_path.glob('*.safetensors'))) == 1
     assert_close(load_encoder(f'cnn:{file}').state_dict(), first.state_dict(), rtol=0, atol=0)
 
 def test_large_patches_are_cropped_and_an_absent_class_is_allowed():
