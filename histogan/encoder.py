@@ -162,19 +162,22 @@ def encoder_hashes(
     encoder: Encoder | None, # one, or several joined
 ) -> dict: # spec of the part -> hash
     "What a run writes down about its encoder."
-    parts = encoders_in(encoder) if encoder is not None else []
-    return {getattr(e, 'spec', e.name): part_hash(e) for e in parts}
+    out = {}
+    for e in encoders_in(encoder) if encoder is not None else []:
+        spec = getattr(e, 'spec', e.name)
+        out[f'{spec}#{len(out)}' if spec in out else spec] = part_hash(e)
+    return out
 
 def check_encoder(
     encoder: Encoder | None, # as loaded
     hashes: dict, # as written down; empty = nothing was
     where, # named in the error
 ):
-    "InputError names the part that is another one than it was."
-    now = encoder_hashes(encoder)
-    for spec, was in (hashes or {}).items():
-        if now.get(spec) == was: continue
-        there = f'the one here has {now[spec][:12]}' if spec in now else 'there is none'
+    "InputError names the part that is another one; a file may have moved."
+    now = list(encoder_hashes(encoder).values())
+    for k, (spec, was) in enumerate((hashes or {}).items()):
+        if k < len(now) and now[k] == was: continue
+        there = f'the one here has {now[k][:12]}' if k < len(now) else 'there is none'
         raise InputError(f'{where}: was trained with the encoder {spec} of hash {was[:12]}, and {there}; put the old one back')
 
 # %% ../nbs/24_encoder.ipynb #ffd1e235
@@ -205,19 +208,24 @@ def read_kept(
     "The encoder a run was trained with."
     state, cards = read_tensors(path), _cards(path)
     held = [c['spec'] for c in cards]
-    if held != list(specs):
+    if [_identity(s) for s in held] != [_identity(s) for s in specs]:
         raise InputError(f'{path}: keeps {"+".join(held)}, not {"+".join(specs)}; a run keeps its encoder')
     parts = []
-    for i, c in enumerate(cards):
-        e = from_card(c['card'], c['name'], c['licence']) if c['whole'] else opened(c['spec'])
+    for i, (c, spec) in enumerate(zip(cards, specs)):
+        e = from_card(c['card'], c['name'], c['licence']) if c['whole'] else opened(spec)
         mine = {k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{i}.')}
         e.load_state_dict(mine, strict=c['whole'])
-        e.spec = c['spec']
+        e.spec = spec
         parts.append(e)
-        check_encoder(e, {c['spec']: c['hash']}, path)
+        check_encoder(e, {spec: c['hash']}, path)
     return join(parts) if len(parts) > 1 else parts[0]
 
 # %% ../nbs/24_encoder.ipynb #9a27938d
+def _identity(spec):
+    "What must not change: all but where a file lies."
+    s = read_spec(spec)
+    return s if s.kind == 'random' else s._replace(rest='')
+
 def _cards(path):
     "What `write_kept` wrote beside the tensors."
     try:
