@@ -30,8 +30,9 @@ from .classifier import HeldOutClassifier, fit_held_out
 from .phantom import make_phantom
 from .config import pick_amp, pick_device
 from .log import grid_image, sample
+from .core import say
 from .step import train_step
-from .train import batches, locked, open_run, say
+from .train import batches, locked, open_run
 
 # %% ../nbs/56_ablate.ipynb #51fd30fb
 def get(

@@ -15,14 +15,15 @@ import os
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenMP: see "Threads" in 54_train
 
 # %% ../nbs/50_config.ipynb #788c73f3
-import contextlib, dataclasses, difflib, io, json, re, sys, types, typing, warnings
+import contextlib, dataclasses, difflib, io, json, re, types, typing
 import tyro
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 from .augment import AdaConfig
-from .data import DataConfig, InputError
+from .core import InputError, read_json, write_json
+from .data import DataConfig
 from .discriminator import DiscriminatorConfig
 from .dist import local_rank, world
 from .selection import SelectionConfig
@@ -93,7 +94,7 @@ class PhantomConfig:
 @dataclass(frozen=True)
 class MadeConfig:
     "What a run was made with; written by the program, not an option."
-    encoder: str = ''  # sha256 of each part's weights, joined by +
+    encoder: tuple[str, ...] = ()  # each part of it with the sha256 of its weights
     classifier: str = ''  # sha256 of the held-out classifier
 
 # %% ../nbs/50_config.ipynb #90f52e9c-4
@@ -265,9 +266,9 @@ def load_config(
     "Read a configuration written by `save_config`."
     path = Path(path)
     path = path / 'config.json' if path.is_dir() else path
-    try: data = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise InputError(f'{path}: no such file; give the folder of a run or its config.json') from None
-    except (OSError, ValueError) as e: raise InputError(f'{path}: not a readable configuration ({e})') from None
+    if not path.is_file():
+        raise InputError(f'{path}: no such file; give the folder of a run or its config.json')
+    data = read_json(path, 'configuration')
     try: return from_dict(Config, renewed(data))
     except (TypeError, ValueError, AttributeError) as e: raise InputError(f'{path}: {e}') from None
 
@@ -277,13 +278,7 @@ def save_config(
     path,  # file; replaced as a whole
 ):
     "Write `cfg` as JSON."
-    path = Path(path)
-    temp = path.with_suffix('.tmp')
-    with open(temp, 'w') as f:
-        f.write(json.dumps(dataclasses.asdict(cfg), indent=1) + '\n')
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temp, path)
+    write_json(path, dataclasses.asdict(cfg))
 
 # %% ../nbs/50_config.ipynb #87cb7d2c
 def _fitted_maps(d, encoder, res):

@@ -569,14 +569,24 @@ def _reader_gone() -> bool:
     return True
 
 # %% ../nbs/00_core.ipynb #c0re0111
+def _same(module, names): return {n: f'{module}.{n}' for n in names.split()}
+
 OLD_NAMES = {  # module -> its old names, and where they are now; to go with version 0.3
     'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
                        disk_error='core.disk_error'),
     'data': dict(save_manifest='core.write_table'),
     'train': dict(Stopped='core.Stopped', say='core.say',
-                  catch_signals='core.interruption'),
-    'prepare': dict(versions='core.versions', look='prepare.process_file',
-                    mean_colours='audit.mean_colours'),
+                  catch_signals='core.interruption',
+                  pick_amp='config.pick_amp', see='step.encode_batch',
+                  Seen='step.EncodedBatch', together='step.whole_batch',
+                  descend='step.optimizer_step', kept_features='train.cached_features',
+                  open_judge='train.open_choice', **_same('log', '''grid_image tick
+                  record_events mark_events'''), **_same('step', '''MODULES GUARDS NUMBERS
+                  RECIPE_COLUMNS TERM_NAMES COLUMNS reseed drawn wants_encoder wants_vector
+                  known_vectors draw_fakes autocast Terms d_step r1_of accuracy g_step g_terms
+                  weights_of_g distances pixel_stats after_d after_g set_lr prepare_batch
+                  row_of''')),
+    'prepare': dict(versions='core.versions'),
     'downstream': dict(versions='core.versions'),
     'report': dict(versions='core.versions', read_csv='core.read_table',
                    read_json='core.read_json'),

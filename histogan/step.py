@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
-           'load_state_dict', 'build', 'reseed', 'drawn', 'whole_batch', 'EncodedBatch', 'wants_encoder',
+           'load_state_dict', 'in_force', 'build', 'reseed', 'drawn', 'whole_batch', 'EncodedBatch', 'wants_encoder',
            'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of',
            'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d',
-           'after_g', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
+           'after_g', 'lrs_at', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
 
 # %% ../nbs/52_step.ipynb #f9850b21
 from .config import Config, fit_to_data, pick_amp, pick_device
@@ -16,14 +16,15 @@ from .config import Config, fit_to_data, pick_amp, pick_device
 import math
 import numpy as np
 import torch
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from torch import nn
 from typing import NamedTuple
 from .augment import AdaState, accuracy_threshold, ada_update
 from .augment import apply_augmentations, d4, draw_augmentations, draw_d4
 from .augment import real_accuracy
 from .checkpoint import misfit
-from .data import InputError, to_float
+from .core import InputError
+from .data import to_float
 from .discriminator import CombinedCondDiscriminator
 from .dist import average, gather_batch, local_rows, world
 from .encoder import Encoded
@@ -37,7 +38,6 @@ from .losses import d_weights, drift, feature_matching, g_adversarial
 from .losses import g_weights, layouts, mixing_reg, pair_distance
 from .losses import pair_statistics, perceptual, r1_due, r1_penalty, r2_due
 from .losses import saturation, weighted_sum
-from .selection import SelectionState
 
 # %% ../nbs/52_step.ipynb #276c1ddc
 @dataclass
@@ -47,7 +47,7 @@ class TrainState:
     classes: list  # names by index
     G: Generator  # trained
     D: CombinedCondDiscriminator  # trained
-    G_ema: Generator  # average of G; what users get
+    G_ema: Generator  # EMA generator; what users get
     opt_G: torch.optim.Optimizer  # Adam of G
     opt_D: torch.optim.Optimizer  # Adam of D
     scaler: torch.amp.GradScaler  # active for fp16 only
@@ -60,12 +60,11 @@ class TrainState:
     gate: GateState = GateState()  # alpha gate
     sat: SaturationState = SaturationState()  # saturation guard
     nonfinite: NonFiniteState = NonFiniteState()  # NaN guard
-    selection: SelectionState = SelectionState()  # best checkpoint by the gates
     step: int = 0  # D steps begun
     n_img: int = 0  # real images used
-    best: float = math.inf  # lowest distance so far, where that chooses
-    judge: object = None  # looks at checkpoints; not saved
-    features: object = None  # (N, d) kept vectors of reals by id; not saved
+    chooser: object = None  # of the best model; in the first process
+    chosen: dict = field(default_factory=dict)  # its state, as it was loaded
+    features: object = None  # (N, d) cached features of reals by id; not saved
 
     @property
     def device(self):
@@ -74,15 +73,19 @@ class TrainState:
 
 # %% ../nbs/52_step.ipynb #643f043b
 MODULES = ('G', 'D', 'G_ema', 'opt_G', 'opt_D', 'scaler', 'stats', 'pair', 'layout')
-GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState, nonfinite=NonFiniteState, selection=SelectionState)
-NUMBERS = ('step', 'n_img', 'best')
+GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState,
+              nonfinite=NonFiniteState)
+NUMBERS = ('step', 'n_img')
 
 def state_dict(
     s: TrainState,  # to save
 ) -> dict:  # tensors and plain values only
     "The state as a checkpoint holds it."
-    parts = {k: getattr(s, k).state_dict() for k in MODULES} | {k: asdict(getattr(s, k)) for k in GUARDS}
-    return parts | {k: getattr(s, k) for k in NUMBERS} | dict(classes=list(s.classes), config=asdict(s.cfg))
+    parts = {k: getattr(s, k).state_dict() for k in MODULES}
+    parts |= {k: asdict(getattr(s, k)) for k in GUARDS}
+    parts |= {k: getattr(s, k) for k in NUMBERS}
+    chosen = s.chooser.state_dict() if s.chooser else s.chosen
+    return parts | dict(chooser=chosen, classes=list(s.classes), config=asdict(s.cfg))
 
 # %% ../nbs/52_step.ipynb #d94c34ad
 def load_state_dict(
@@ -90,18 +93,55 @@ def load_state_dict(
     saved: dict,  # what `state_dict` gave
 ) -> TrainState:  # `s`; InputError names the part that does not fit
     "Continue where `saved` was."
-    if saved.get('classes') != s.classes: raise InputError(f'checkpoint: it is of the classes {saved.get("classes")}, the run of {s.classes}')
-    for name in MODULES:
-        try:
-            module = getattr(s, name)
-            if isinstance(module, nn.Module) and (fault := misfit(module.state_dict(), saved.get(name))): raise ValueError(fault)
-            module.load_state_dict(saved[name])
-        except (KeyError, TypeError, RuntimeError, ValueError) as e:
-            raise InputError(f'checkpoint: {name} is of another architecture ({str(e).splitlines()[0][:120]})') from None
+    if (found := saved.get('classes')) != s.classes:
+        raise InputError(f'checkpoint: it is of the classes {found}, the run of {s.classes}')
+    for name in MODULES: _load_part(s, name, saved)
     try:
         for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
         for name in NUMBERS: setattr(s, name, saved[name])
-    except (KeyError, TypeError) as e: raise InputError(f'checkpoint: written by another version ({e})') from None
+        s.chosen = saved['chooser'] if 'chooser' in saved else _old_choice(saved)
+    except (KeyError, TypeError) as e:
+        raise InputError(f'checkpoint: written by another version ({e})') from None
+    return in_force(s, saved)
+
+# %% ../nbs/52_step.ipynb #b5a05931
+def _load_part(s, name, saved):
+    "One network, optimiser or term; the first misfit is named."
+    part = getattr(s, name)
+    if name == 'scaler' and part.is_enabled() != bool(saved.get(name)): return
+    try:
+        weights = isinstance(part, nn.Module)
+        fault = misfit(part.state_dict(), saved.get(name)) if weights else ''
+        if fault: raise ValueError(fault)
+        part.load_state_dict(saved[name])
+    except (KeyError, TypeError, RuntimeError, ValueError) as e:
+        why = str(e).splitlines()[0][:120]
+        raise InputError(f'checkpoint: {name} is of another architecture ({why})') from None
+
+def _old_choice(saved):
+    "The best so far as files before version 0.2 hold it."
+    old = saved.get('selection') or saved.get('gates') or {}
+    if old.get('best_step') is not None: return {}  # its classifier is not known
+    return dict(best=saved['best'], best_step=None, metric='fd', classifier='')
+
+# %% ../nbs/52_step.ipynb #3fdc1f79
+def in_force(
+    s: TrainState,  # just loaded
+    saved: dict,  # the checkpoint; its `config` is what held so far
+) -> TrainState:  # `s`
+    "Constants that were changed take effect on what the checkpoint holds."
+    was = lambda part, name, now: saved.get('config', {}).get(part, {}).get(name, now)
+    for opt in (s.opt_G, s.opt_D):
+        for group in opt.param_groups: group['betas'] = tuple(s.cfg.optim.betas)
+    weight, top = s.cfg.loss.lambda_perceptual, s.cfg.gate.alpha_max
+    if was('loss', 'lambda_perceptual', weight) != weight:
+        s.sat = replace(s.sat, lambda_perceptual=weight)
+    if was('gate', 'alpha_max', top) != top: s.sat = replace(s.sat, alpha_max=top)
+    kind, n = s.cfg.run.best_metric, s.cfg.run.n_eval
+    rules = asdict(s.cfg.selection)
+    same = saved.get('config', {}).get('selection', rules) == rules
+    if (was('run', 'best_metric', kind), was('run', 'n_eval', n)) != (kind, n) or not same:
+        s.chosen = {}  # scores by other rules are not compared
     return s
 
 # %% ../nbs/52_step.ipynb #d73010b0
@@ -411,18 +451,27 @@ def after_g(
     return [*verdicts, v, nf]
 
 # %% ../nbs/52_step.ipynb #2e9c9c6c
+def lrs_at(
+    s: TrainState,  # read only
+    step: int,  # D step, from 1
+) -> tuple[float, float]:  # learning rates of G and of D
+    "Learning rates as a function of the step alone: nothing to save."
+    o = s.cfg.optim
+    span = o.total_steps_estimate or s.total
+    tail = dict(warmup=o.warmup, final_ratio=o.lr_final_ratio)
+    of = {'cosine': lambda lr: lr_at(step - 1, lr, span, o.lr_final_ratio),
+          'tail': lambda lr: lr_tail_at(step - 1, lr, span, **tail),
+          'constant': lambda lr: lr}[o.schedule]
+    return of(o.lr_g), of(o.lr_d)
+
 def set_lr(
     s: TrainState,  # both optimisers change
 ) -> tuple[float, float]:  # learning rates of G and of D for this step
-    "Learning rates as a function of the step alone: nothing to save."
-    o, out = s.cfg.optim, []
-    span = o.total_steps_estimate or s.total
-    for opt, lr in ((s.opt_G, o.lr_g), (s.opt_D, o.lr_d)):
-        if o.schedule == 'cosine': lr = lr_at(s.step - 1, lr, span, o.lr_final_ratio)
-        if o.schedule == 'tail': lr = lr_tail_at(s.step - 1, lr, span, warmup=o.warmup, final_ratio=o.lr_final_ratio)
+    "The two-time-scale update rule (TTUR): each network has a rate of its own."
+    lrs = lrs_at(s, s.step)
+    for opt, lr in zip((s.opt_G, s.opt_D), lrs):
         for group in opt.param_groups: group['lr'] = lr
-        out.append(lr)
-    return tuple(out)
+    return lrs
 
 # %% ../nbs/52_step.ipynb #31a315dd
 def train_step(

@@ -16,7 +16,8 @@ from histogan.config import PRESETS
 from histogan.data import to_float
 from histogan.log import sample
 from histogan.step import train_step
-from histogan.train import batches, evaluate, open_run
+from histogan.selection import open_chooser
+from histogan.train import batches, open_run
 
 def base(out, steps):
     "The recipe, narrow and short."
@@ -51,8 +52,10 @@ def measure(cfg):
     per_class = np.mean([spread(f) for f in fake.split(12)])
     reals = data.dataset('val')
     within = np.mean([spread(real[torch.as_tensor(reals.labels == c)][:12].cpu()) for c in range(len(s.classes))])
+    chooser = open_chooser(data, metric='fd', n=s.cfg.run.n_eval)
+    fd = chooser.consider(s.step, lambda y: sample(s.G_ema, y)).card['value']
     return dict(acc_ema=mid('acc_ema'), ada_p=s.ada.p, alpha=s.gate.alpha, d_grad=mid('d_grad_norm'), g_grad=mid('g_grad_norm'),
-                saturated=float((fake.abs() >= 0.895).float().mean()), diversity=float(per_class/within), fd=evaluate(s, data.loader_real_eval))
+                saturated=float((fake.abs() >= 0.895).float().mean()), diversity=float(per_class/within), fd=fd)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])

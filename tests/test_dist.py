@@ -31,10 +31,11 @@ DUMP = '''
 import json, os, sys
 from histogan.checkpoint import checksum
 from histogan.config import parse_args
-from histogan.train import state_dict, train
+from histogan.step import state_dict
+from histogan.train import train
 args = parse_args(sys.argv[2:])
 s = train(args.config, resume=bool(args.resume))
-state = {k: v for k, v in state_dict(s).items() if k != 'best'}  # the first process alone looks for the best model
+state = {k: v for k, v in state_dict(s).items() if k != 'chooser'}  # the first process alone looks for the best model
 os.makedirs(sys.argv[1], exist_ok=True)
 with open(os.path.join(sys.argv[1], os.environ['RANK']), 'w') as f: f.write(checksum(state))
 '''
@@ -87,7 +88,7 @@ def test_a_killed_worker_comes_back(base, alone):
     assert 'steps 0 to 20' in done.out and 'steps 10 to 20' in done.out, done.out
     assert (base/'elastic'/'metrics_gan.csv').read_bytes() == (base/'two'/'metrics_gan.csv').read_bytes()  # as if nothing had happened
     a, b = (load_checkpoint(checkpoints(base/run)[-1]) for run in ('elastic', 'two'))
-    assert all(torch.equal(a['G_ema'][k], b['G_ema'][k]) for k in a['G_ema']) and a['best'] == b['best']
+    assert all(torch.equal(a['G_ema'][k], b['G_ema'][k]) for k in a['G_ema']) and a['chooser'] == b['chooser']
 
 KILL = '''
 import os, signal, sys

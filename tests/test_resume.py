@@ -162,7 +162,7 @@ def test_two_processes_on_one_folder_and_a_lock_left_behind(base):
     first = start(*command, log=base/'locked.log')
     assert until(lambda: checkpoints(run), first), first.said
     second = start(*command, log=base/'second.log')
-    assert second.wait() == 2 and f'another process ({first.process.pid} on' in second.said and 'Traceback' not in second.said, second.said
+    assert second.wait() == 2 and f'another process (process {first.process.pid} on' in second.said and 'Traceback' not in second.said, second.said
     first.signal(signal.SIGKILL)
     assert (run/'.lock').exists()
     third = start(*command, log=base/'third.log')  # at once: the dead run's loader workers may still be alive

@@ -134,12 +134,12 @@ def test_gates_choose_and_a_resume_chooses_alike(tmp_path, capsys):
     run = tmp_path/'run'
     gates = ['--run.best-metric', 'selection', '--phantom.per-class', '60', '--data.val-frac', '0.3', '--run.steps', '6', '--run.save-every', '2', '--run.amp', 'auto']
     assert main([*TINY, *gates, '--out', str(run)]) == 0
-    assert 'judging checkpoints took' in capsys.readouterr().out
+    assert 'evaluating checkpoints took' in capsys.readouterr().out
     scored = [json.loads(l) for l in (run/'events.jsonl').read_text().splitlines() if '"selection"' in l]
     assert [e['step'] for e in scored] == [2, 4, 6] and all(len(e['quality']['accuracy']) == 9 for e in scored)
     best = torch.load(run/'checkpoints'/'cgan_best_model.pt', weights_only=True)['card']
     assert best['metric'] == 'selection' and best['value'] == next(e['score'] for e in scored if e['step'] == best['step'])
-    assert checkpoint(run, 6)['selection']['best_step'] == best['step'] and checkpoint(run, 6)['selection']['best'] == min(e['score'] for e in scored)
+    assert checkpoint(run, 6)['chooser']['best_step'] == best['step'] and checkpoint(run, 6)['chooser']['best'] == min(e['score'] for e in scored)
     whole = {n: (run/n).read_bytes() for n in ('metrics_gan.csv', 'events.jsonl')}
     for step in (4, 6): (run/'checkpoints'/f'cgan_step{step:06d}.pt').unlink()
     assert main(['--resume', str(run)]) == 0
