@@ -10,11 +10,9 @@ __all__ = ['checksum', 'save_checkpoint', 'load_checkpoint', 'check_archive', 'f
 import dataclasses, pickle, re, zipfile
 import torch
 from pathlib import Path
-from safetensors.torch import load_file, save as safetensors_bytes
-from .config import from_dict
-from .core import InputError, hasher, moved, read_json, write_file
-from .core import write_json
-from .generator import Generator, GeneratorConfig
+from .core import InputError, hasher, moved, warn_line, write_file
+from .generator import Generator, build_pretrained, read_pretrained
+from .generator import write_pretrained
 
 # %% ../nbs/51_checkpoint.ipynb #dfa7f701
 def checksum(
@@ -139,52 +137,49 @@ def generator_card(
 # %% ../nbs/51_checkpoint.ipynb #e99e945d
 def export_generator(
     folder,  # where to write; made when missing
-    G: Generator,  # the averaged generator
+    G: Generator,  # the EMA generator
     classes: list[str],  # names by index
     **facts,  # kept in the card
 ) -> Path:  # the folder
-    "Write `generator.safetensors` and `generator.json`."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    card = generator_card(G, classes, **facts)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in G.state_dict().items()}
-    write_file(folder / 'generator.safetensors', safetensors_bytes(tensors))
-    write_json(folder / 'generator.json', card)
-    return folder
+    "Write `generator.safetensors`, `generator.json` and `README.md`."
+    return write_pretrained(folder, G.state_dict(), generator_card(G, classes, **facts))
 
 # %% ../nbs/51_checkpoint.ipynb #4a6372d5
 def load_generator(
-    path,  # exported folder, run folder, or cgan_best_model.pt
+    path,  # exported folder, run folder, or a checkpoint
     map_location='cpu',  # device
 ) -> Generator:  # eval mode, no gradients, with `.classes` and `.card`
-    "Rebuild a generator from an export, a run or a best model."
-    card, weights = read_generator(Path(path), map_location)
-    try:
-        G = Generator(from_dict(GeneratorConfig, card['config']))
-        if fault := misfit(G.state_dict(), weights): raise ValueError(fault)
-        G.load_state_dict(weights)
-        G.classes, G.card = list(card['classes']), card
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise InputError(f'{path}: not a generator of this version ({first_line(e)})') from None
-    return G.to(map_location).eval().requires_grad_(False)
+    "Rebuild a generator from an export, a run or a checkpoint."
+    return build_pretrained(*read_generator(Path(path)), path).to(map_location)
 
 # %% ../nbs/51_checkpoint.ipynb #8891e336
 def read_generator(
     path: Path,  # as for `load_generator`
-    map_location='cpu',  # device
 ) -> tuple[dict, dict]:  # card, weights
     "Find and read the two parts of a generator."
-    best, export = path / 'checkpoints' / 'cgan_best_model.pt', path / 'generator.json'
+    best = path / 'checkpoints' / 'cgan_best_model.pt'
     if path.is_dir() and best.is_file(): path = best
-    if path.is_file():
-        state = load_checkpoint(path, map_location)
-        if 'card' not in state or 'G_ema' not in state: raise InputError(f'{path}: holds no generator; give cgan_best_model.pt or an exported folder')
-        return state['card'], state['G_ema']
-    if not export.is_file(): raise InputError(f'{path}: holds neither checkpoints/cgan_best_model.pt nor generator.json')
-    card = read_json(export, 'card of a generator')
-    try: return card, load_file(path / 'generator.safetensors', device=str(map_location))
-    except Exception as e:
-        raise InputError(f'{path}: the export is damaged ({first_line(e)})') from None
+    if path.is_file(): return _generator_of(path)
+    if (path / 'generator.json').is_file(): return read_pretrained(path)
+    if not (found := checkpoints(path)): raise InputError(
+        f'{path}: holds neither checkpoints/cgan_best_model.pt nor generator.json')
+    card, weights = _generator_of(found[-1])
+    warn_line(f'{path}: no checkpoint has been scored yet, so there is no '
+              f'cgan_best_model.pt; taken is the EMA generator of step {card["step"]} '
+              f'({found[-1].name})')
+    return card, weights
+
+# %% ../nbs/51_checkpoint.ipynb #9b6ccbb9
+def _generator_of(path):
+    "Card and weights of `G_ema` in a best model, or in any checkpoint of a run."
+    state = load_checkpoint(path)
+    if 'G_ema' in state and 'card' in state: return state['card'], state['G_ema']
+    if not {'G_ema', 'config', 'classes'} <= state.keys(): raise InputError(
+        f'{path}: holds no generator; give a checkpoint of a run or an exported folder')
+    config = state['config']
+    return dict(format='histogan.generator', version=1, config=config['g'],
+                classes=list(state['classes']), step=state.get('step'),
+                n_img=state.get('n_img'), preset=config.get('preset')), state['G_ema']
 
 # %% ../nbs/51_checkpoint.ipynb #a8df883a
 __getattr__ = moved('checkpoint')

@@ -125,13 +125,13 @@ class Config:
     def __post_init__(self):
         if not self.heads and not self.d.pixel: raise ValueError('heads and d.pixel are both off: no discriminator is left')
         if self.heads and self.encoder == 'none': raise ValueError('heads need an encoder: give encoder, for example cnn')
+        if self.d.pair and not self.data.pairs:
+            raise ValueError('d.pair needs data.pairs: pair heads judge two images of a class')
 
     @property
     def is_phantom(self) -> bool:
         "Are the patches the embedded drawings? A manifest replaces them."
         return self.data.root == 'phantom' and not self.data.manifest
-        if self.d.pair and not self.data.pairs:
-            raise ValueError('d.pair needs data.pairs: pair heads judge two images of a class')
 
 # %% ../nbs/50_config.ipynb #a3ac9c89
 def widths_for(
