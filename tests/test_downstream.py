@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, run_cli
+from histogan.core import read_table
 from histogan import downstream as D
 from histogan.train import main as train
 
@@ -39,7 +40,9 @@ def run(patches, tmp_path_factory):
     assert done.rc == 0, done.err
     return folder, done
 
-def table(folder, name='downstream'): return pd.read_csv(folder/'metrics'/f'{name}.csv', dtype=dict(reals=str))
+def table(folder, name='downstream'):
+    numbers = ('value', 'seed', 'n_test', 'steps', 'recall', 'n')
+    return read_table(folder/'metrics'/f'{name}.csv', numbers)
 
 def test_every_regime_has_every_figure(run):
     folder, done = run
@@ -59,11 +62,13 @@ def test_tables_agree_with_each_other(run):
     accuracy, balanced = (t[t.metric == m].set_index(key).value for m in ('accuracy', 'balanced_accuracy'))
     pd.testing.assert_series_equal(right, accuracy.reindex(right.index), check_names=False, atol=1e-5)
     pd.testing.assert_series_equal(r.groupby(key).recall.mean(), balanced.reindex(right.index), check_names=False, atol=1e-5)
-    manifest = pd.read_csv(folder/'artifacts'/'manifest.csv')
+    manifest = read_table(folder/'artifacts'/'manifest.csv')
     assert set(t[(t.tested_on == 'real') & (t.metric == 'accuracy')].n_test) == {(manifest.split == 'test').sum()}
     facts = json.loads((folder/'metrics'/'downstream.json').read_text())
     assert facts['patches'] == dict(train=int((manifest.split == 'train').sum()), val=int((manifest.split == 'val').sum()), test=int((manifest.split == 'test').sum()), synth=18)
-    assert len(facts['findings']) == 5 and facts['findings'][2].startswith('With 4 reals per class')
+    assert len(facts['findings']) == 5 and facts['findings'][2].startswith('With 4 reals per class to train the classifier')
+    per_class = facts['patches']['train'] / 3  # the generator saw all of them: the sentence says so
+    assert f'of a generator that was trained on all {per_class:.0f} of each class' in facts['findings'][2]
 
 def test_nothing_is_trained_twice(run, capsys):
     folder, _ = run
@@ -93,7 +98,7 @@ def test_without_a_test_split_half_of_val_is_the_test(patches, tmp_path, capsys)
     folder = trained(tmp_path/'run', '--data.root', patches, '--data.test-frac', '0', '--data.val-frac', '0.3')
     s = D.open_sources(folder, 6)
     assert len(s.val.y) + len(s.test.y) == 36 and min(len(s.val.y), len(s.test.y)) >= 12 and 'half' in s.about['test']
-    assert not {D.digest(D.Examples(x[None], np.zeros(1))) for x in s.val.x} & {D.digest(D.Examples(x[None], np.zeros(1))) for x in s.test.x}
+    assert not {x.tobytes() for x in s.val.x} & {x.tobytes() for x in s.test.x}
 
 def test_a_phantom_run_without_test_split_is_tested_on_other_slides(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(D, 'FRESH', 4)
@@ -130,3 +135,54 @@ def test_bad_runs(patches, tmp_path, capsys):
     assert D.main([str(folder), '--per-class', '6']) == 2
     lines = [l for l in capsys.readouterr().err.splitlines() if l.startswith('error: ')]
     assert len(lines) == 3 and '--data.val-frac' in lines[1] and 'cgan_best_model.pt' in lines[2], lines
+
+def few(root, classes, n):
+    "n patches of each class, named for its number."
+    rng = np.random.default_rng(1)
+    for k in range(classes):
+        (root/f'c{k:03}').mkdir(parents=True)
+        for i in range(n):
+            x = rng.integers(0, 256, (16, 16, 3), np.uint8) // 2 + k % 100
+            Image.fromarray(x.astype(np.uint8)).save(root/f'c{k:03}'/f'{k}-{i}.png')
+    return root
+
+ONCE = ['--steps', '2', '--seeds', '1', '--per-class', '6', '--few', '2', '--batch-size', '8']
+
+def test_seven_patches_a_class_give_figures_with_a_warning(tmp_path, capsys):
+    folder = trained(tmp_path/'run', '--data.root', few(tmp_path/'set', 2, 7))
+    capsys.readouterr()
+    assert D.main([str(folder), *ONCE]) == 0
+    said = capsys.readouterr()
+    assert 'warning: few test patches' in said.err and 'accuracy' in said.out
+    assert table(folder).value.notna().all()
+
+def test_one_class_is_refused_before_the_work(tmp_path, capsys):
+    folder = trained(tmp_path/'run', '--data.root', few(tmp_path/'set', 1, 30))
+    capsys.readouterr()
+    assert D.main([str(folder), *ONCE]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert 'one class (c000)' in said and '2 classes or more' in said and not (folder/'synth').exists()
+
+def test_a_hundred_classes_of_three(tmp_path, capsys):
+    folder = trained(tmp_path/'run', '--data.root', few(tmp_path/'set', 100, 3), '--run.n-eval', '100')
+    capsys.readouterr()
+    code = D.main([str(folder), *ONCE])
+    said = capsys.readouterr().err
+    assert 'Traceback' not in said and (code == 0 and 'few test patches' in said or code == 2 and 'each class needs' in said), said
+
+def test_labels_that_are_paths_words_and_numbers(tmp_path, capsys):
+    "Classes called ER+/PR-, .., NA and 001 keep their names, and nothing is written elsewhere."
+    names, rng, rows = ['ER+/PR-', '..', 'NA', '001'], np.random.default_rng(0), []
+    (tmp_path/'in').mkdir()
+    for k, name in enumerate(names):
+        for i in range(12):
+            x = rng.integers(0, 120, (16, 16, 3), np.uint8) + 30 * k
+            Image.fromarray(x.astype(np.uint8)).save(tmp_path/'in'/f'{k}-{i}.png')
+            rows.append(f"{k}-{i}.png,{name},{'test' if i % 4 == 0 else 'val' if i % 4 == 1 else 'train'}")
+    (tmp_path/'in'/'m.csv').write_text('path,label,split\n' + '\n'.join(rows) + '\n')
+    folder = trained(tmp_path/'runs'/'run', '--data.manifest', tmp_path/'in'/'m.csv')
+    before = sorted(p for p in tmp_path.rglob('*') if 'run/' not in str(p) and 'cache' not in str(p))
+    assert D.main([str(folder), *ONCE]) == 0
+    assert sorted(p for p in tmp_path.rglob('*') if 'run/' not in str(p) and 'cache' not in str(p)) == before
+    assert set(table(folder, 'downstream_recall').label) == set(names)
+    assert 'fresh phantom' not in capsys.readouterr().out  # a manifest is no phantom
