@@ -60,7 +60,7 @@ def _use_gpu(device) -> str:  # why not, or ''
     torch.cuda.set_device(local_rank() if device == 'cuda' else device)
     return ''
 
-# %% ../nbs/43_dist.ipynb #86077778
+# %% ../nbs/43_dist.ipynb #044fa1a4
 def _meet(device, minutes):
     "A store that exactly the living processes share."
     import torch.distributed as dist
@@ -86,7 +86,7 @@ def _round(store, fault='', limit=600):
     _await(store, f'go/{name}', deadline)
     return name
 
-# %% ../nbs/43_dist.ipynb #c4250942
+# %% ../nbs/43_dist.ipynb #2275eac1
 def _welcome(store, own, deadline):
     "In the first process: answer the others until all have confirmed."
     others = range(1, world())
@@ -107,7 +107,7 @@ def _await(store, key, deadline) -> str:
         _patience(deadline)
     return store.get(key).decode()
 
-# %% ../nbs/43_dist.ipynb #fa2988e7
+# %% ../nbs/43_dist.ipynb #8ad696e1
 def _fault(r): return f'fault/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}/{r}'
 
 def _reason(store, r):
@@ -160,7 +160,7 @@ def _fork(f, k, n, port):
     there.close()
     return p, here
 
-# %% ../nbs/43_dist.ipynb #5cdba498
+# %% ../nbs/43_dist.ipynb #c8b3d7b5
 def _work(f, env, there):
     "The life of a forked process."
     os.environ.update(env)
@@ -198,7 +198,7 @@ def barrier():
 class Elsewhere(RuntimeError):
     "The first process failed, and has said why."
 
-# %% ../nbs/43_dist.ipynb #55010b44
+# %% ../nbs/43_dist.ipynb #d67e6c12
 def on_first(
     f,  # function
     *args,  # of f
@@ -247,7 +247,7 @@ def lost_peer(
     import torch.distributed as dist
     return isinstance(e, dist.DistError) or 'gloo' in str(e) or 'NCCL' in str(e)
 
-# %% ../nbs/43_dist.ipynb #6e453940
+# %% ../nbs/43_dist.ipynb #ea25943f
 def elsewhere(
     e: BaseException,  # as caught by `run_program`
 ):  # (exit code, last words); None for an error of this process's own

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'SPLITS', 'mark_cache', 'own_kind', 'is_own', 'looks_like_split', 'file_groups', 'named', 'classes_line',
-           'scan', 'Inspected', 'inspect', 'linked_groups', 'split_targets', 'split', 'check_split', 'load_manifest',
-           'save_manifest']
+           'is_array', 'scan', 'added_since', 'Inspected', 'inspect', 'linked_groups', 'find_copies', 'split_targets',
+           'split', 'check_split', 'load_manifest', 'save_manifest']
 
 # %% ../nbs/02_manifest.ipynb #468d2335
 import csv, os, re, stat, unicodedata, warnings
@@ -31,7 +31,7 @@ CLASSES = dict(
     STR='cancer-associated stroma', TUM='adenocarcinoma epithelium')
 SPLITS = ('train', 'val', 'test')
 
-# %% ../nbs/02_manifest.ipynb #173b7598
+# %% ../nbs/02_manifest.ipynb #09f675b0
 _OTHER = frozenset('''.avif .bif .bz2 .czi .dcm .dicom .dng .eps .exr .gif .gz .hdr .heic .heif .ico .ims
     .isyntax .j2c .j2k .jp2 .jpc .jpf .jpx .jxl .jxr .lif .mat .mrxs .nd2 .ndpi .nii .npy .oir .pam .pbm
     .pcx .pdf .pgm .pnm .ppm .psd .qptiff .rar .raw .scn .svg .svs .svslide .tar .tga .tgz .vms .vmu
@@ -40,7 +40,7 @@ _MAGIC = ((b'\x89PNG', 0), (b'\xff\xd8\xff', 0), (b'GIF8', 0), (b'II*\0', 0), (b
           (b'WEBP', 8), (b'ftyp', 4), (b'jP  ', 4), (b'\x93NUMPY', 0), (b'\xff\x4f\xff\x51', 0))
 _SILENT = frozenset('.csv .db .html .ini .json .log .md .py .txt .xml .yaml .yml .xlsx'.split())
 
-# %% ../nbs/02_manifest.ipynb #1551d2f5
+# %% ../nbs/02_manifest.ipynb #1d9c781e
 def _is_picture_of_another_kind(path) -> bool:
     "Does a file that is not read look like a picture, by its suffix or its first bytes?"
     suffix = os.path.splitext(path)[1].lower()
@@ -51,7 +51,7 @@ def _is_picture_of_another_kind(path) -> bool:
     except OSError: return False
     return any(start[at:at + len(m)] == m for m, at in _MAGIC)
 
-# %% ../nbs/02_manifest.ipynb #fd420c06
+# %% ../nbs/02_manifest.ipynb #4c396b5e
 _TAG = 'CACHEDIR.TAG'  # the marker that backup programs know
 
 def mark_cache(
@@ -64,7 +64,7 @@ def mark_cache(
     if not tag.exists(): write_file(tag, text)
     return tag.parent
 
-# %% ../nbs/02_manifest.ipynb #64a8c883
+# %% ../nbs/02_manifest.ipynb #4908d539
 _OLD_CACHE = re.compile(r'(phantom-\d+px|judge|classifier|encoder-|features-|own_cnn|cnn-).*')
 
 def own_kind(
@@ -109,7 +109,7 @@ def _below(folder, root) -> _Found:
     found.images.sort()
     return found
 
-# %% ../nbs/02_manifest.ipynb #7ce3f301
+# %% ../nbs/02_manifest.ipynb #f5cf67e6
 def _leads_up(here, name, inside, top, links) -> bool:
     "Is a folder a link to another class, to the root, or above?"
     path = os.path.join(here, name)
@@ -151,7 +151,7 @@ def _arrays_in(paths) -> str:
     arrays = [p for p in paths if p.suffix.lower() in ARRAY_SUFFIXES]
     return f' but {arrays[0].name} (name the file itself to read it)' if arrays else ''
 
-# %% ../nbs/02_manifest.ipynb #4d8e7134
+# %% ../nbs/02_manifest.ipynb #438a3a0b
 _SPLIT_WORDS = frozenset('train training trn val valid validation dev test testing tst eval evaluation holdout heldout fold'.split())
 
 def looks_like_split(
@@ -167,7 +167,7 @@ def _subfolders(folder) -> list[str]:  # none where images lie beside them
     if any(p.suffix.lower() in IMAGE_SUFFIXES for p in inside): return []
     return sorted(p.name for p in inside if p.is_dir())
 
-# %% ../nbs/02_manifest.ipynb #3c8e5e53
+# %% ../nbs/02_manifest.ipynb #8be17d07
 def _check_level(root, counts: dict):
     "Refuse or warn where the first level does not look like classes."
     lower = {name: _subfolders(Path(root, name)) for name in counts}
@@ -222,7 +222,7 @@ def classes_line(
     more = f', and {len(counts) - 30} more' if len(counts) > 30 else ''
     return f'{len(counts)} classes{where and f" in {where}"}: {some}{more}'
 
-# %% ../nbs/02_manifest.ipynb #5ea2c8d0
+# %% ../nbs/02_manifest.ipynb #ac3d2093
 def _label_names(raw) -> dict:  # label as written -> label
     "Labels without blanks around them and with accents composed; what falls together is said."
     names = {s: unicodedata.normalize('NFC', s).strip() for s in sorted(set(raw))}
@@ -230,7 +230,14 @@ def _label_names(raw) -> dict:  # label as written -> label
         if n > 1: warn_line(f'{", ".join(repr(s) for s in names if names[s] == name)}: taken as one class, {name} (they differ in blanks or in how accents are written)')
     return names
 
-# %% ../nbs/02_manifest.ipynb #25319bf8
+# %% ../nbs/02_manifest.ipynb #af60d21b
+def is_array(
+    root: str | Path,  # file or folder
+) -> bool:
+    "Are its patches rows of arrays?"
+    return bool(root) and (str(root).lower().endswith(ARRAY_SUFFIXES) or bool(_h5_pairs(root)))
+
+# %% ../nbs/02_manifest.ipynb #505212d8
 _ARRAY_CLASSES = {'pathmnist': tuple(CLASSES), 'camelyonpatch': ('normal', 'tumor')}
 _PARTS = (('train', 'train'), ('val', 'val'), ('valid', 'val'), ('test', 'test'))  # in a name -> split
 
@@ -246,7 +253,7 @@ def _array_pairs(root) -> list[tuple]:  # (split or '', file and key of images, 
     if lost: raise InputError(f'{root}: has no array {lost[0]} (found: {named(keys, 8)})')
     return [(s, (str(root), x), (str(root), y)) for s, x, y in parts]
 
-# %% ../nbs/02_manifest.ipynb #12d270da
+# %% ../nbs/02_manifest.ipynb #71e6fb1a
 def _h5_pairs(root) -> list[tuple]:
     "Pairs of files NAME_x.h5 and NAME_y.h5, in a folder or beside the one named."
     root = Path(root)
@@ -266,7 +273,7 @@ def _sisters(x) -> list[Path]:
     if 'train' not in x.name: return [x]
     return [p for w in ('train', 'valid', 'val', 'test') if (p := x.with_name(x.name.replace('train', w))).exists()]
 
-# %% ../nbs/02_manifest.ipynb #5dc989d6
+# %% ../nbs/02_manifest.ipynb #a03f3e54
 def _labels_in(file, key, n) -> np.ndarray:  # (n,) int
     "The labels of an array: one whole number per patch."
     y = np.asarray(open_array(file, key)[:])
@@ -285,7 +292,7 @@ def _patches_in(file, key) -> int:
     if not len(a): raise InputError(f'{file}: {key} holds no patch')
     return len(a)
 
-# %% ../nbs/02_manifest.ipynb #58659acb
+# %% ../nbs/02_manifest.ipynb #f82a0268
 def _array_names(root, class_names, labels) -> np.ndarray:  # of dtype object
     "The names of an array's classes."
     stem = Path(root).stem.lower() if Path(root).is_file() else next(iter(Path(root).glob('*_x.*'))).stem.lower()
@@ -316,7 +323,7 @@ def scan(
     class_names=(),  # of an array's numbers, in order
 ) -> pd.DataFrame:  # columns path, label and perhaps group, split; sorted
     "The manifest of a folder of class folders."
-    if str(root).lower().endswith(ARRAY_SUFFIXES) or _h5_pairs(root): return _scan_arrays(root, class_names)
+    if is_array(root): return _scan_arrays(root, class_names)
     found = {folder: _below(folder, root) for folder in _class_folders(root)}
     found = _classes_alone(root, found)
     _check_level(root, {folder.name: len(f.images) for folder, f in found.items()})
@@ -326,7 +333,7 @@ def scan(
     except UnicodeEncodeError: raise InputError(f'{root}: holds a file name that is not valid UTF-8; rename it') from None
     return df.assign(group=file_groups(df.path, group_regex)) if group_regex else df
 
-# %% ../nbs/02_manifest.ipynb #f5a66666
+# %% ../nbs/02_manifest.ipynb #6269ca0c
 def _classes_alone(root, found: dict) -> dict:  # without what is no class
     "Say what is left out, and refuse classes without images."
     own = [x for f in found.values() for x in f.own]
@@ -349,6 +356,22 @@ def _suffixes(paths) -> str:
     return ', '.join(f'{k} {n}' for k, n in kinds.most_common(5))
 
 def _instead(f: _Found) -> str: return f' that can be read ({_suffixes(f.others)})' if f.others else ''
+
+# %% ../nbs/02_manifest.ipynb #7723d76d
+def added_since(
+    root: str | Path,  # folder of class folders
+    df: pd.DataFrame,  # a manifest that was made of it
+) -> tuple[list[str], int]:  # new classes; new files of known classes
+    "What came into a folder after its manifest was made."
+    known, listed = set(df.label), {os.path.abspath(p) for p in df.path}
+    classes, files = [], 0
+    for folder in _class_folders(root) if os.path.isdir(root) else ():
+        if folder.is_symlink() and _within(os.path.realpath(folder), os.path.realpath(root)): continue
+        found = _below(folder, root).images
+        name = unicodedata.normalize('NFC', folder.name).strip()
+        if found and name not in known: classes.append(folder.name)
+        else: files += sum(os.path.abspath(p) not in listed for p in found)
+    return classes, files
 
 # %% ../nbs/02_manifest.ipynb #360c129e
 class Inspected(NamedTuple):
@@ -400,7 +423,7 @@ def inspect(
     if bad: raise InputError(f'{len(bad)} of {n} files cannot be used: {named(bad)}')
     return Inspected(_with_facts(df, rows), thumbs, images)
 
-# %% ../nbs/02_manifest.ipynb #1634c673
+# %% ../nbs/02_manifest.ipynb #f0667c65
 def _with_facts(df, rows) -> pd.DataFrame:
     "A manifest with what was found; µm per pixel only where a file or the table says it."
     facts = dict(zip(_FACTS, zip(*rows)))
@@ -433,6 +456,21 @@ def _first(values) -> np.ndarray:
     "For each row, the first row with the same value."
     code = pd.factorize(values)[0]
     return np.unique(code, return_index=True)[1][code]
+
+# %% ../nbs/02_manifest.ipynb #861a2cb9
+def find_copies(
+    df: pd.DataFrame,  # with sha256, empty where a file could not be read
+    thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
+    threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
+) -> pd.DataFrame:  # i < j, kind exact or near, orientation, correlation
+    "Exact copies, each with the first of its kind, and near copies among the first ones."
+    good = np.flatnonzero(df.sha256 != '')
+    first = good[np.unique(df.sha256.iloc[good], return_index=True)[1]]
+    at, again = pd.Series(first, df.sha256.iloc[first]), np.setdiff1d(good, first)
+    exact = pd.DataFrame(dict(i=at[df.sha256.iloc[again]].to_numpy(int), j=again, kind='exact', orientation=0, correlation=1.))
+    near = near_duplicates(thumbs, threshold, rows=np.sort(first)) if threshold < 1 else exact[:0]
+    both = pd.concat([exact, near.assign(kind='near')])
+    return both.sort_values(['i', 'j', 'orientation'], ignore_index=True)
 
 # %% ../nbs/02_manifest.ipynb #937950da
 def split_targets(
@@ -561,7 +599,7 @@ def _decoded(path) -> str:
     if not text.strip(): raise InputError(f'{path}: cannot be read: it is empty; give a CSV with the columns path, label, split')
     return text
 
-# %% ../nbs/02_manifest.ipynb #4e793d0b
+# %% ../nbs/02_manifest.ipynb #661bc778
 def _header_names(line, sep) -> list[str]:
     "The column names of a header line; ours in lower case."
     names = [c.strip() for c in next(csv.reader([line], delimiter=sep, skipinitialspace=True))]
@@ -572,7 +610,7 @@ def _separator(line) -> str:
     "What stands between the columns: the one that yields a column path."
     return next((s for s in ',;\t|' if 'path' in _header_names(line, s)), ',')
 
-# %% ../nbs/02_manifest.ipynb #88f4d5b7
+# %% ../nbs/02_manifest.ipynb #a81c4061
 def _user_table(path, need) -> pd.DataFrame:
     "A table of the user as text, or an `InputError` that names file, line and column."
     text = _decoded(path)
@@ -600,7 +638,7 @@ def check_split(
     wrong = df.index[~df.split.isin(SPLITS)]
     if len(wrong): raise InputError(f'{path}: line {wrong[0] + 2} has the split {df.split[wrong[0]]!r}; use {", ".join(SPLITS)}')
 
-# %% ../nbs/02_manifest.ipynb #d4d3d5f9
+# %% ../nbs/02_manifest.ipynb #57ae18de
 def _there(paths) -> np.ndarray:  # (N,) bool
     "Which files exist; folders are listed once. A link to nowhere exists: reading it names it."
     files = [m[0] if (m := member_of(p)) else p for p in paths]
@@ -617,7 +655,7 @@ def _listing(folder) -> set:
         with os.scandir(folder) as entries: return {e.name for e in entries if not e.is_dir()}
     except OSError: return set()
 
-# %% ../nbs/02_manifest.ipynb #94a0e47c
+# %% ../nbs/02_manifest.ipynb #b86bc419
 def _spellings(paths):
     "The paths as written, and as other systems write them."
     yield paths
@@ -640,7 +678,7 @@ def _tails(paths):
     plain = [os.path.splitdrive(p)[1].replace(os.sep, '/').lstrip('/') for p in paths]
     for k in range(depth + 1): yield [p.split('/', k)[k] for p in plain]
 
-# %% ../nbs/02_manifest.ipynb #f734b8b3
+# %% ../nbs/02_manifest.ipynb #cf5bb741
 def _candidates(paths, root, others):  # yields (base in words, paths); the first that are all there is taken
     "Where the files of a table may be."
     absolute = [os.path.isabs(p) for p in paths]
@@ -670,7 +708,7 @@ def _said_base(path, found, base, root, option) -> list[str]:
     if root and base != str(root): warn_line(f'{path}: its files are not below {option} {root} but below {base or "the working folder"}')
     return found
 
-# %% ../nbs/02_manifest.ipynb #e8f87d36
+# %% ../nbs/02_manifest.ipynb #419a3c2e
 def _card_of(path) -> Path: return Path(path).with_suffix('.base.json')
 
 def _bases(path) -> list[str]:
@@ -698,11 +736,11 @@ def load_manifest(
     for c in _COUNTS:
         if c in df: df[c] = _whole(df[c], path)
     if 'mpp' in df: df['mpp'] = _sizes(df.mpp, path)
-    if 'store_row' not in df: df['path'] = _all_located(df, path, root, test_root)  # a prepared dataset needs no files
+    df['path'] = _all_located(df, path, root, test_root)
     if df.path.duplicated().any(): raise InputError(f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one')
     return df
 
-# %% ../nbs/02_manifest.ipynb #1db421c4
+# %% ../nbs/02_manifest.ipynb #d24db3d3
 def _columns_named(df, path, group_column, split_column) -> pd.DataFrame:
     "Columns that have other names in a table."
     for option, own, name in (('--group-column', 'group', group_column), ('--split-column', 'split', split_column)):
@@ -721,7 +759,7 @@ def _clean_text(df, path) -> pd.DataFrame:
         if len(empty): raise InputError(f'{path}: line {empty[0] + 2} has no {c}; fill it in')
     return df
 
-# %% ../nbs/02_manifest.ipynb #9a7b93aa
+# %% ../nbs/02_manifest.ipynb #4d8c4fba
 def _whole(column, path):
     "A column of whole numbers."
     bad = column.index[~column.str.fullmatch(r'-?\d+')]
@@ -737,6 +775,7 @@ def _sizes(column, path):
 
 def _all_located(df, path, root, test_root) -> list[str]:
     "The files of one table; those of a second root below that one."
+    if 'store_row' in df: return [os.path.join(_bases(path)[0], p) for p in df.path]  # a prepared dataset needs no files
     second = (df.root == 1).to_numpy() if 'root' in df and test_root else np.zeros(len(df), bool)
     found = np.empty(len(df), object)
     for rows, where, option in ((~second, root, '--data.root'), (second, test_root, '--data.test-root')):
@@ -766,5 +805,5 @@ def _relative(path, start) -> str:
     try: return os.path.relpath(path, start).replace(os.sep, '/')
     except ValueError: return path
 
-# %% ../nbs/02_manifest.ipynb #272dcddc
+# %% ../nbs/02_manifest.ipynb #817d75de
 __getattr__ = moved('manifest')

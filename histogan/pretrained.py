@@ -107,7 +107,9 @@ def vit_args(
     blocks = {k.split('.')[1] for k in state if k.startswith('blocks.')}
     rows, columns = (state[f'blocks.0.mlp.{k}.weight'].shape[i] for k, i in (('fc1', 0), ('fc2', 1)))
     args = dict(img_size=grid * patch, patch_size=patch, embed_dim=width, depth=len(blocks))
-    args |= dict(mlp_ratio=rows / width, no_embed_class=n == grid ** 2)
+    ratio = rows / width
+    if int(width * ratio) < rows: ratio += 1e-6  # timm rounds down
+    args |= dict(mlp_ratio=ratio, no_embed_class=n == grid ** 2)
     if 'reg_token' in state: args['reg_tokens'] = state['reg_token'].shape[1]
     if 'blocks.0.ls1.gamma' in state: args['init_values'] = 1e-5
     if rows == 2 * columns: args['swiglu'] = True

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from histogan.data import CLASSES, FLAT, HistoDataset, PreparedImages, _thumbnail, families, load_prepared, near_duplicates, orient, scan, unshaded
+from histogan.data import CLASSES, FLAT, HistoDataset, PreparedImages, linked_groups, load_prepared, near_duplicates, orient, scan, thumbnail, unshaded
 from histogan.phantom import make_phantom, render
 
 def tree(pid):
@@ -91,14 +91,14 @@ def jpeg(img, quality=90):
 def copies(cache, n=5000, planted=500):
     "Recall of each kind of copy, and pairs that are none."
     images = np.stack([render(list(CLASSES)[k % 9], 10_000 + k, 64) for k in range(n)])
-    thumbs = np.stack([_thumbnail(x) for x in images]); busy = unshaded(thumbs).std(1) >= FLAT
+    thumbs = np.stack([thumbnail(x) for x in images]); busy = unshaded(thumbs).std(1) >= FLAT
     pick = np.random.default_rng(0).choice(np.flatnonzero(busy), planted, replace=False)
     kinds = {'exact copy': lambda x: x, 'JPEG 90': jpeg, 'flip': lambda x: x[:, ::-1], 'quarter turn': lambda x: np.rot90(x),
              'flip, quarter turn and JPEG 90': lambda x: jpeg(np.ascontiguousarray(np.rot90(x[:, ::-1])))}
     for name, f in kinds.items():
-        more = np.stack([_thumbnail(np.ascontiguousarray(f(images[k]))) for k in pick])
+        more = np.stack([thumbnail(np.ascontiguousarray(f(images[k]))) for k in pick])
         sha = [str(k) for k in range(n)] + [str(k) if name == 'exact copy' else f'{name} {k}' for k in pick]
-        unit = families(pd.DataFrame(dict(sha256=sha)), np.concatenate([thumbs, more]))
+        unit = linked_groups(pd.DataFrame(dict(sha256=sha)), np.concatenate([thumbs, more]))
         print(f'copies: {name}: {np.mean(unit[n:] == unit[pick]):.2%} of {planted} in one unit with their original')
     began = time.perf_counter(); pairs = near_duplicates(thumbs)
     print(f'copies: {len(pairs)} false pairs among {n} patches ({len(pairs) / n:.3%}; {time.perf_counter() - began:.1f} s); {n - busy.sum()} patches of empty glass are tied only when equal')

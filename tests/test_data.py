@@ -10,8 +10,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
-from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, families, inspect, load_manifest, near_duplicates,
-                           _candidates, _deal, open_data, orient, read_rgb, resize, save_manifest, scan, split)
+from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, inspect,
+                           linked_groups, load_manifest, near_duplicates, open_data, orient, read_rgb, resize, save_manifest, scan, split)
+from histogan.images import _candidates
+from histogan.manifest import _place_units
 from conftest import run_python
 
 def tissue(seed, px=32):
@@ -239,7 +241,7 @@ def test_copies_never_straddle(tmp_path):
         assert all(where[f'B-s{i // 4}-{i:04}.png'] == where[f'copy-{i}.{"jpg" if i % 5 else "png"}'] for i in range(40))
 
 @pytest.mark.parametrize('seed', range(30))
-def test_random_families(seed):
+def test_random_linked_groups(seed):
     "Any mixture of families: together, every class trains, shares close, deterministic."
     rng = np.random.default_rng(seed); n = int(rng.integers(30, 400)); classes = int(rng.integers(1, 9))
     df = pd.DataFrame(dict(path=[str(i) for i in range(n)], label=rng.integers(0, classes, n).astype(str), sha256=[str(i) for i in range(n)]))
@@ -279,8 +281,8 @@ def test_a_single_family_trains():
     assert set(split(df, seen=seen).split) == {'train'}
 
 def test_a_split_that_wants_nothing_gets_nothing():
-    assert _deal(np.array([[4], [4], [1]]), np.array([[1], [0], [0]]), 0).tolist() == [0, 0, 0]
-    assert _deal(np.array([[4], [4], [1]]), np.array([[0], [1], [0]]), 0).tolist()[:2] == [1, 1]
+    assert _place_units(np.array([[4], [4], [1]]), np.array([[1], [0], [0]]), 0).tolist() == [0, 0, 0]
+    assert _place_units(np.array([[4], [4], [1]]), np.array([[0], [1], [0]]), 0).tolist()[:2] == [1, 1]
 
 def test_no_evaluation_wanted():
     df = pd.DataFrame(dict(path='', label=list('AB') * 20, sha256=[str(i) for i in range(40)], group=[f'g{i // 4}' for i in range(40)]))
@@ -316,7 +318,7 @@ def test_glass_is_no_family():
     u = np.linspace(-1, 1, 32); rng = np.random.default_rng(0)
     glass = (235 - 15 * (u[:, None] ** 2 + u ** 2) + rng.normal(0, .5, (3000, 32, 32))).round().astype(np.uint8)
     df = pd.DataFrame(dict(path='', label='A', sha256=[str(i) for i in range(3000)]))
-    assert len(set(families(df, glass))) == 3000
+    assert len(set(linked_groups(df, glass))) == 3000
 
 def test_close_hashes_are_all_found():
     "Against brute force: complete up to 7 bits, nothing beyond the limit, whatever the bits."
@@ -403,7 +405,7 @@ def test_too_few_for_evaluation_is_one_warning_line(tmp_path, capsys):
     root = fill(tmp_path / 'r', A=30, B=1)
     open_data(DataConfig(root=str(root), image_size=16, batch_size=4, samples_per_class=8), progress=False)
     err = capsys.readouterr().err
-    assert err.count('\n') == 1 and err.startswith('warning: ') and 'none of B' in err
+    assert err.count('\n') == 2 and err.startswith('warning: 1 of 2 classes have fewer than 8') and 'none of B' in err
 
 def test_resume_notices_changed_files(toy):
     cfg = DataConfig(root=str(toy), image_size=16, batch_size=4, samples_per_class=8)
@@ -470,4 +472,4 @@ def test_real_patches(shared):
 
 def test_distinct_real_patches_are_not_glued(shared):
     seen = quiet(scan(shared / 'data/nct-sample/NCT-CRC-HE-100K'))
-    assert len(set(families(seen.df, seen.thumbs))) == 90
+    assert len(set(linked_groups(seen.df, seen.thumbs))) == 90

@@ -1,5 +1,5 @@
 "The encoder on files of full size: PathoDuet's layout, damaged and hostile files, the small CNN on real patches, the command line."
-import pickle, tempfile, zipfile
+import json, os, pickle, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,10 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from conftest import run_cli
+from conftest import ROOT, run_cli
 from histogan.config import load_config
 from histogan.core import InputError
-from histogan.encoder import load_encoder
+from histogan.encoder import check_encoder, encoder_hashes, load_encoder
 from histogan.frozen import read_tensors
 from histogan.pretrained import lite0_path, load_pathoduet
 from histogan.small_cnn import CNNConfig, own_cnn, train_cnn
@@ -192,6 +192,131 @@ def test_files_that_are_no_weights(tmp_path, name, make):
     make(tmp_path/name)
     with pytest.raises(InputError) as e: read_tensors(tmp_path/name)
     assert name in str(e.value) and '\n' not in str(e.value)
+
+# ---- pretrained encoders of pathology, each in its own layout, random weights, two blocks
+
+ONE = dict(depth=2, num_classes=0)
+GATED = dict(mlp_ratio=5.3375, init_values=1e-5)
+
+def gated():
+    from timm.layers import SwiGLUPacked
+    return dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU)
+
+LAYOUTS = {  # what the model cards tell a user of timm to type: name, arguments, gated MLP, arguments in config.json
+    'H-optimus-0': ('vit_giant_patch14_reg4_dinov2', dict(img_size=224, init_values=1e-5, dynamic_img_size=False), False, dict(img_size=224, init_values=1e-5, global_pool='token', dynamic_img_size=False)),
+    'Virchow': ('vit_huge_patch14_224', dict(GATED, img_size=224, global_pool='', dynamic_img_size=True), True, dict(GATED, img_size=224, global_pool='', dynamic_img_size=True)),
+    'Virchow2': ('vit_huge_patch14_224', dict(GATED, img_size=224, reg_tokens=4, global_pool='', dynamic_img_size=True), True, dict(GATED, img_size=224, reg_tokens=4, global_pool='', dynamic_img_size=True)),
+    'UNI': ('vit_large_patch16_224', dict(img_size=224, init_values=1e-5, dynamic_img_size=True), False, dict(img_size=224, init_values=1e-5, dynamic_img_size=True)),
+    'UNI2-h': ('vit_giant_patch14_224', dict(img_size=224, patch_size=14, num_heads=24, embed_dim=1536, init_values=1e-5, mlp_ratio=2.66667 * 2, no_embed_class=True, reg_tokens=8, dynamic_img_size=True), True,
+               dict(img_size=224, num_heads=24)),
+    'Kaiko': ('vit_small_patch8_224', dict(img_size=224, init_values=1.), False, dict(img_size=224, init_values=1.))}
+
+def sane(model, seed=0):
+    "Random weights that every part of the network shows in the features."
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1: p.normal_(0, p[0].numel() ** -.5 if name.endswith('weight') else .5, generator=gen)
+            else: p.normal_(float(name.endswith('weight')), .2, generator=gen)
+    return model.eval()
+
+def folder_of(where, config, state, **more):
+    from safetensors.torch import save_file
+    where.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, where/'model.safetensors')
+    for name, value in (('config', config), *more.items()): (where/f'{name}.json').write_text(json.dumps(value))
+    return where
+
+def prepared(x, size, mean, std):
+    x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+    return ((x + 1) / 2 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_a_timm_folder_gives_what_the_model_card_gives(tmp_path, name):
+    import timm
+    arch, kw, swiglu, args = LAYOUTS[name]
+    theirs = sane(timm.create_model(arch, **ONE, **kw, **(gated() if swiglu else {})))
+    mean, std = (.7, .58, .7), (.21, .23, .18)
+    cfg = dict(architecture=arch, num_classes=0, model_args=args, pretrained_cfg=dict(mean=mean, std=std, input_size=[3, 224, 224]))
+    encoder = load_encoder(f'timm:{folder_of(tmp_path/"f", cfg, theirs.state_dict())}')
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad(): want = theirs(prepared(x, 224, mean, std))
+    if want.ndim == 3: want = torch.cat([want[:, 0], want[:, theirs.num_prefix_tokens:].mean(1)], 1)
+    assert_close(encoder(x), want, atol=1e-4, rtol=1e-3)
+    assert want.std() > .05 and encoder.size == 224
+    with torch.no_grad(): usual = theirs(prepared(x, 224, (.485, .456, .406), (.229, .224, .225)))
+    assert want.ndim == usual.ndim == 2 and relative(usual, want) > .01 or 'irchow' in name
+
+@pytest.mark.parametrize('registers, swiglu', [(4, True), (0, True), (0, False)], ids=['Hibou-B', 'Midnight-12k', 'Phikon-v2'])
+def test_a_transformers_folder_gives_what_the_same_network_of_timm_gives(tmp_path, registers, swiglu):
+    import timm
+    width, heads, patch = (768, 12, 14) if registers else (384, 6, 14) if swiglu else (256, 4, 16)
+    hidden = 2 * (((width * 8) // 3 + 7) // 8 * 8) if swiglu else 4 * width
+    kw = dict(img_size=224, patch_size=patch, embed_dim=width, num_heads=heads, mlp_ratio=hidden / width + 1e-6, init_values=1e-5,
+              reg_tokens=registers, no_embed_class=registers > 0, **ONE, **(gated() if swiglu else {}))
+    theirs = sane(timm.models.VisionTransformer(**kw))
+    rename = [('blocks.', 'encoder.layer.'), ('attn.proj', 'attention.output.dense'), ('ls1.gamma', 'layer_scale1.lambda1'), ('ls2.gamma', 'layer_scale2.lambda1'),
+              ('patch_embed.proj', 'embeddings.patch_embeddings.projection'), ('reg_token', 'embeddings.register_tokens'), ('pos_embed', 'embeddings.position_embeddings'),
+              ('cls_token', 'embeddings.cls_token')] + ([('mlp.fc1', 'mlp.weights_in'), ('mlp.fc2', 'mlp.weights_out')] if swiglu else [])
+    state = {}
+    for k, v in theirs.state_dict().items():
+        if k.startswith('norm.'): k = f'layernorm.{k[5:]}'
+        if k == 'pos_embed' and registers: v = torch.cat([torch.full((1, 1, width), .25), v], 1)
+        if k == 'cls_token' and registers: v = v - .25
+        for a, b in rename: k = k.replace(a, b)
+        parts = zip(('query', 'key', 'value'), v.chunk(3)) if 'attn.qkv' in k else [('', v)]
+        for n, part in parts: state[k.replace('attn.qkv', f'attention.attention.{n}')] = part
+    state['embeddings.mask_token'] = torch.zeros(1, width)
+    mean, std = [.7068, .5755, .722], [.195, .2316, .1816]
+    cfg = dict(model_type='dinov2_with_registers' if registers else 'dinov2', hidden_size=width, num_attention_heads=heads, patch_size=patch)
+    where = folder_of(tmp_path/'f', cfg, state, preprocessor_config=dict(image_mean=mean, image_std=std))
+    encoder = load_encoder(f'timm:{where}')
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad(): assert_close(encoder(x), theirs(prepared(x, 224, mean, std)), atol=1e-4, rtol=1e-3)
+    assert encoder.size == 224
+    (where/'preprocessor_config.json').unlink()
+    with pytest.raises(InputError, match='says nothing of mean and std'): load_encoder(f'timm:{where}')
+    assert load_encoder(f'timm:{where}@norm=half').mean == (.5,) * 3
+
+def test_a_bare_file_needs_a_normalisation(tmp_path):
+    import timm
+    theirs = sane(timm.create_model('vit_small_patch16_224', num_classes=0, depth=2))
+    torch.save(theirs.state_dict(), tmp_path/'lunit.pth')
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path/'tiny.pth')
+    spec = f'timm:vit_tiny_patch16_224:{tmp_path/"tiny.pth"}'
+    with pytest.raises(InputError, match='says nothing of mean and std') as e: load_encoder(spec)
+    assert '\n' not in str(e.value) and '@norm=' in str(e.value)
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    lunit = load_encoder(f'{spec}@norm=lunit')
+    with torch.no_grad(): assert_close(lunit(x), model(prepared(x, 224, lunit.mean, lunit.std)), atol=1e-4, rtol=1e-3)
+    tagged = load_encoder(f'timm:vit_tiny_patch16_224.augreg_in21k:{tmp_path/"tiny.pth"}')
+    assert tagged.mean == (.5,) * 3 and lunit.mean[0] == pytest.approx(.70322989)
+
+def test_a_run_keeps_its_encoder_without_package_folder_or_cache(tmp_path):
+    rng = np.random.default_rng(0)
+    data = (rng.integers(0, 256, (24, 32, 32, 3), np.uint8), np.arange(24) % 3)
+    kept, kw = tmp_path/'run'/'encoder.safetensors', dict(num_classes=3, cnn=CNNConfig(steps=3), progress=False)
+    first = load_encoder('cnn+random:1', data=data, cache_dir=tmp_path/'cache', kept=kept, **kw)
+    again = load_encoder('cnn+random:1', kept=kept)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    for a, b in zip(first.encode(x).maps, again.encode(x).maps, strict=True): assert_close(a, b, rtol=0, atol=0)
+    assert encoder_hashes(first) == encoder_hashes(again)
+    other = load_encoder('cnn+random:1', data=data, **kw | dict(cnn=CNNConfig(steps=3, seed=1)))
+    with pytest.raises(InputError, match='trained with the encoder cnn'): check_encoder(other, encoder_hashes(first), 'run')
+    kept.write_bytes(kept.read_bytes()[:-8])
+    with pytest.raises(InputError, match='encoder.safetensors'): load_encoder('cnn+random:1', kept=kept)
+
+def test_two_runs_started_together_share_one_cnn(tmp_path):
+    "The second waits for the first and reads what it wrote."
+    code = ("import numpy as np, sys; from histogan.small_cnn import *; rng = np.random.default_rng(0);"
+            "data = (rng.integers(0, 256, (24, 32, 32, 3), np.uint8), np.arange(24) % 3);"
+            "e = own_cnn(data, 3, sys.argv[1], CNNConfig(steps=150), progress=False); from histogan.encoder import part_hash; print(part_hash(e))")
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    runs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'cache')], stdout=subprocess.PIPE, text=True, env=env | dict(OMP_NUM_THREADS=n)) for n in '12']
+    said = [r.communicate(timeout=300)[0] for r in runs]
+    assert all(r.returncode == 0 for r in runs) and said[0] == said[1] and len(said[0].strip()) == 64
+    assert len(list((tmp_path/'cache').glob('*.safetensors'))) == 1
 
 # ---- the small CNN
 

@@ -1,4 +1,4 @@
-"Preparing a store in real processes: kills, full disks, several processes, planted copies, real patches, training on it, the audit in a browser."
+"Preparing a dataset in real processes: kills, full disks, several processes, planted copies, other people's folders, training on it, the audit in a browser."
 import errno, json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from PIL import Image
 import histogan.audit as A
 import histogan.prepare as P
 from conftest import ROOT, Run, run_cli
+from histogan.core import lock, read_table
 from histogan.data import HistoDataset, InputError, PreparedImages, is_prepared, load_prepared, read_rgb, scan, verify_prepared
 from histogan.phantom import make_phantom, render
 
@@ -19,7 +20,7 @@ ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'NO_COLOR'
 def start(*args, **env): return subprocess.Popen([sys.executable, '-m', 'histogan.prepare', *map(str, args)], env=ENV | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def same(a, b):
-    "Are two stores equal to the byte? Pages and locks left out."
+    "Are two prepared datasets equal to the byte? Pages and locks left out."
     names = sorted(p.name for p in a.iterdir() if p.suffix == '.npy' or p.suffix == '.csv' or p.name == 'prepare.json')
     return len(names) == 4 and names == sorted(p.name for p in b.iterdir()) and all((a/n).read_bytes() == (b/n).read_bytes() for n in names)
 
@@ -36,7 +37,7 @@ def patches(tmp_path_factory): return make_phantom(tmp_path_factory.mktemp('patc
 
 @pytest.fixture(scope='module')
 def whole(patches, tmp_path_factory):
-    "The undisturbed store."
+    "The undisturbed dataset."
     out = tmp_path_factory.mktemp('whole')/'store'
     p = start(patches, '--out', out, *SMALL); said, err = p.communicate(timeout=120)
     assert p.returncode == 0, err
@@ -96,26 +97,59 @@ def test_killed_after_every_write_the_store_is_the_same(patches, tmp_path, monke
         for name in real: monkeypatch.setattr(P.os, name, failing(name))
         out = tmp_path/f'cut{n}'
         try: quiet(few, out, **plain); break
-        except InputError as e: assert 'the disk is full; free some space and run the same command again' in str(e) and '\n' not in str(e)
+        except OSError as e: assert e.errno == errno.ENOSPC  # of the pixels; the program says it in one line
+        except InputError as e: assert 'free some space' in str(e) and '\n' not in str(e)
         finally: monkeypatch.undo()
         if is_prepared(out): assert not load_prepared(out).manifest.empty and verify_prepared(out) == []
         assert same(store, quiet(few, out, **plain))
         n += 1
     assert n > 15, n
 
-def test_a_dead_worker_and_an_interruption_are_one_line(patches, whole, tmp_path):
-    p = start(patches, '--out', tmp_path/'a', *SMALL)
-    while not list((tmp_path/'a').glob('.part/done/*.npz')): time.sleep(.02); assert p.poll() is None
-    for pid in children(p.pid):
-        if b'multiprocessing.forkserver' in (c := Path(f'/proc/{pid}/cmdline').read_bytes()) and children(pid) == []: os.kill(pid, signal.SIGKILL)
-    refused(Run((err := p.communicate()[1], p.returncode)[1], '', err), '--workers', 'a worker process was killed')
-    p = start(patches, '--out', tmp_path/'b', *SMALL)
-    while not list((tmp_path/'b').glob('.part/done/*.npz')): time.sleep(.01); assert p.poll() is None
-    p.send_signal(signal.SIGINT); err = p.communicate()[1]
-    assert (p.returncode, err) == (130, 'stopped; the same command goes on where it was\n'), err
-    for out in (tmp_path/'a', tmp_path/'b'):
-        p = start(patches, '--out', out, *SMALL); p.communicate()
-        assert same(whole, out)
+HOLD = '''
+import multiprocessing, os, time
+def held(f, real=os.fsync):
+    real(f)
+    if multiprocessing.parent_process() is None or not os.path.isdir(os.environ['HOLD']): return
+    open(os.path.join(os.environ['HOLD'], str(os.getpid())), 'w').close()
+    while os.path.isdir(os.environ['HOLD']): time.sleep(.01)
+os.fsync = held
+'''
+
+class Held:
+    "A run whose workers stop at their first wait for the disk, until they are released: no race with its end."
+    def __init__(self, tmp_path, *args):
+        tmp_path.mkdir(parents=True, exist_ok=True); (tmp_path/'site').mkdir(); (tmp_path/'hold').mkdir()
+        (tmp_path/'site'/'sitecustomize.py').write_text(HOLD)
+        self.folder = tmp_path/'hold'
+        self.process = start(*args, HOLD=str(self.folder), PYTHONPATH=os.pathsep.join([str(tmp_path/'site'), str(ROOT)]))
+        end = time.monotonic() + 120
+        while len(self.workers) < 2:
+            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
+            time.sleep(.02)
+
+    @property
+    def workers(self): return [int(p.name) for p in self.folder.iterdir()]
+    def release(self): self.folder.rename(self.folder.with_name('released'))
+    def end(self):
+        out, err = self.process.communicate(timeout=120)
+        return Run(self.process.returncode, out, err)
+
+def test_a_dead_worker_is_one_line(patches, whole, tmp_path):
+    out, p = tmp_path/'a', Held(tmp_path/'held', patches, '--out', tmp_path/'a', *SMALL)
+    os.kill(p.workers[0], signal.SIGKILL); p.release()
+    refused(p.end(), '--workers', 'a worker process was killed')
+    assert not is_prepared(out)
+    p = start(patches, '--out', out, *SMALL); p.communicate()
+    assert same(whole, out)
+
+def test_an_interruption_is_one_line(patches, whole, tmp_path):
+    out, p = tmp_path/'b', Held(tmp_path/'held', patches, '--out', tmp_path/'b', *SMALL)
+    p.process.send_signal(signal.SIGINT); p.release()
+    done = p.end()
+    assert (done.rc, done.err) == (130, 'stopped; the same command goes on where it was\n'), done
+    assert not is_prepared(out)
+    p = start(patches, '--out', out, *SMALL); p.communicate()
+    assert same(whole, out)
 
 # ---- several processes
 
@@ -129,8 +163,8 @@ def test_three_processes_make_the_same_store(first, patches, whole, tmp_path):
 
 def test_two_runs_in_one_folder(patches, tmp_path):
     part = P._claim(tmp_path/'s')
-    with P._locked(part, 0): refused(run_cli(['histogan.prepare', patches, '--out', tmp_path/'s']), 'another process is preparing it')
-    for env, word in (({'RANK': '2', 'WORLD_SIZE': '2'}, 'RANK 2'), ({'RANK': 'x'}, 'RANK and WORLD_SIZE')):
+    with lock(part/'.lock-0', 'x'): refused(run_cli(['histogan.prepare', patches, '--out', tmp_path/'s']), 'another process is preparing it')
+    for env, word in (({'RANK': '2', 'WORLD_SIZE': '2'}, 'RANK 2'), ({'RANK': 'x'}, 'RANK x, WORLD_SIZE 1')):
         refused(run_cli(['histogan.prepare', patches, '--out', tmp_path/'s'], env=env), word)
 
 # ---- disks
@@ -150,14 +184,13 @@ def test_a_full_disk(patches, whole, disk):
     for kib in (64, 4000):  # no room for a plan; too little for the pixels (5.3 MiB)
         at = disk(kib); refused(run_cli(['histogan.prepare', patches, '--out', at/'s', *SMALL]), '--out', 'the disk is full', 'MiB are needed')
         assert not is_prepared(at/'s')
-    at = disk(16_000); p = start(patches, '--out', at/'s', *SMALL)
-    while not (at/'s'/'.part'/'plan.json').exists(): time.sleep(.01); assert p.poll() is None
+    at = disk(16_000); p = Held(at.parent/'held', patches, '--out', at/'s', *SMALL)
     with open(at/'ballast', 'wb', buffering=0) as f:  # another program takes what is left
         try:
             while f.write(bytes(4096)): pass
         except OSError: pass
-    out, err = p.communicate(timeout=60)
-    refused(Run(p.returncode, out, err), 'the disk is full; free some space and run the same command again')
+    p.release()
+    refused(p.end(), 'free some space')
     assert not is_prepared(at/'s')
     (at/'ballast').unlink()
     p = start(patches, '--out', at/'s', *SMALL); p.communicate()
@@ -199,13 +232,13 @@ def test_broken_files_are_named_or_rejected(patches, tmp_path, capsys):
 def test_changed_files_begin_anew(patches, tmp_path, capsys):
     root = shutil.copytree(patches, tmp_path/'r'); cfg = P.PrepareConfig(str(root), out=str(tmp_path/'s'), image_size=32, workers=1, stain=P.StainOptions(method='none'))
     df, base = P.list_patches(cfg); part = P._claim(cfg.out); plan = P._make_plan(cfg, df, P._work_key(cfg, df, base), part)
-    P.do_chunk(P.Job(str(part), 32, 'none', cfg.stain, None), 0, df.path[:64].tolist())
+    P.do_chunk(P.Job(str(tmp_path/'s'/'images.npy'), str(part), 32, 'none', cfg.stain, None), 0, df.path[:64].tolist())
     Image.fromarray(read_rgb(df.path[3])[::-1]).save(df.path[3])
     P.prepare(cfg, progress=False)
     assert 'it begins anew' in capsys.readouterr().err
     assert same(quiet(root, tmp_path/'t', image_size=32, stain=P.StainOptions(method='none')), tmp_path/'s')
     Image.fromarray(read_rgb(df.path[3])[::-1]).save(df.path[3])
-    with pytest.raises(InputError, match='holds a store of other files'): P.prepare(cfg, progress=False)
+    with pytest.raises(InputError, match='holds a prepared dataset of other files'): P.prepare(cfg, progress=False)
 
 # ---- copies and groups
 
@@ -221,7 +254,7 @@ def test_planted_copies_end_in_one_split(patches, tmp_path):
         mine = [p for p in m.index if os.path.basename(p).startswith(w + '-')]
         home = [df.path[int(os.path.basename(p)[len(w) + 1:-4])] for p in mine]
         assert len(mine) == len(busy) and (m.split[mine].to_numpy() == m.split[home].to_numpy()).mean() >= least, w
-    pairs = pd.read_csv(tmp_path/'s'/'duplicates.csv'); a = P.read_all(tmp_path/'s'); original = a.path.map(lambda p: '-' not in os.path.basename(p)[4:5])
+    pairs = read_table(tmp_path/'s'/'duplicates.csv').astype(dict(i=int, j=int)); a = P.read_all(tmp_path/'s'); original = a.path.map(lambda p: '-' not in os.path.basename(p)[4:5])
     both = original[pairs.i].to_numpy() & original[pairs.j].to_numpy()
     assert both.sum() <= .001 * len(df)  # false pairs among the patches themselves
 
@@ -229,7 +262,7 @@ def test_groups_of_a_table_are_never_divided(shared, tmp_path):
     d = shared/'data'; options = dict(image_size=32, stain=P.StainOptions(method='none'), manifest=str(d/'histo5_128/MANIFEST.csv'), group_column='group')
     m = load_prepared(quiet(d/'histo5_128', tmp_path/'s', split_column='', **options)).manifest
     assert len(m) == 1800 and m.groupby('group').split.nunique().max() == 1 and set(m.split) == {'train', 'val', 'test'}
-    copies = A.copy_counts(P.read_all(tmp_path/'s'), pd.read_csv(tmp_path/'s'/'duplicates.csv'))
+    copies = A.copy_counts(P.read_all(tmp_path/'s'), read_table(tmp_path/'s'/'duplicates.csv').astype(dict(i=int, j=int)))
     assert list(copies) == ['pairs', 'across classes', 'across groups', 'across splits']
 
 def test_the_real_patches_as_they_are(shared, tmp_path):
@@ -239,6 +272,126 @@ def test_the_real_patches_as_they_are(shared, tmp_path):
     m = load_prepared(tmp_path/'s').manifest
     assert pd.crosstab(m.root, m.split).to_dict('list') == dict(train=[90, 0], val=[0, 9], test=[0, 9]) and m.width.nunique() > 1
     assert P.read_all(tmp_path/'s')['mode'].nunique() > 1 and verify_prepared(tmp_path/'s') == []
+
+# ---- other people's folders
+
+PLAIN = dict(image_size=32, stain=P.StainOptions(method='none'))
+
+def drawn(folder, labels, n=6, size=32):
+    "A folder of drawn patches for each class name; tissue in turn."
+    for k, label in enumerate(labels):
+        (folder/label).mkdir(parents=True)
+        for i in range(n): Image.fromarray(render(('TUM', 'STR', 'LYM')[k % 3], 100*k + i, size)).save(folder/label/f'{i:03}.png')
+    return folder
+
+def table(folder, labels, n=6):
+    "A manifest of drawn patches whose labels are no folder names."
+    drawn(folder, [f'c{k}' for k in range(len(labels))], n)
+    rows = [dict(path=f'c{k}/{i:03}.png', label=label) for k, label in enumerate(labels) for i in range(n)]
+    pd.DataFrame(rows).to_csv(folder/'m.csv', index=False)
+    return folder/'m.csv'
+
+@pytest.mark.parametrize('labels', [('0', '1', '001'), ('all', 'rejected', 'patches'), ('NA', 'None', 'nan')])
+def test_labels_are_text_and_no_word_is_taken(labels, tmp_path):
+    store = quiet(drawn(tmp_path/'r', labels), tmp_path/'s', **PLAIN)
+    assert set(P.read_all(store).label) == set(labels) == set(load_prepared(store).card['classes'])
+    html = A.audit(store).read_text(encoding='utf-8'); n = json.loads((store/'audit.json').read_text())
+    assert {c: v['all'] for c, v in n['classes'].items()} == dict.fromkeys(labels, 6)
+    assert set(n['leaks']['mean colour, as stored']['recall']) == set(labels)
+    assert all(f'<td>{c}</td>' in html for c in labels)
+
+def test_labels_are_no_paths(tmp_path):
+    labels = ['ER+/PR-', '..', 'tumour / invasive']; m = table(tmp_path/'r', labels)
+    store = quiet(tmp_path/'r', tmp_path/'out'/'s', manifest=str(m), **PLAIN); A.audit(store)
+    assert set(load_prepared(store).manifest.label) == set(labels)
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['s'] and sorted(p.name for p in tmp_path.iterdir()) == ['out', 'r']
+
+def test_its_own_output_is_no_class(tmp_path):
+    root = drawn(tmp_path/'r', ['TUM', 'STR']); here = dict(cwd=root)
+    small = ['histogan.prepare', '.', '--image-size', '32', '--stain.method', 'none', '--workers', '1']
+    for _ in range(2):
+        done = run_cli([*small, '--audit'], **here)
+        assert done.rc == 0 and 'found 2 classes' in done.out and ': STR 6, TUM 6\n' in done.out, done
+    assert is_prepared(root/'prepared')
+    other = run_cli([*small, '--out', 'two/more'], **here); assert other.rc == 0 and ': STR 6, TUM 6\n' in other.out, other
+    (root/'half'/'.part').mkdir(parents=True)  # as after an interruption
+    done = run_cli([*small, '--out', 'half'], **here); assert done.rc == 0 and ': STR 6, TUM 6\n' in done.out, done
+    assert load_prepared(root/'half').card['classes'] == ['STR', 'TUM']
+
+def test_links_to_nowhere(tmp_path, capsys):
+    root = drawn(tmp_path/'r', ['A', 'B']); (root/'A'/'x.png').symlink_to('/nowhere/x.png')
+    small = [str(root), '--image-size', '32', '--stain.method', 'none', '--workers', '1', '--out', str(tmp_path/'s')]
+    refused(Run(P.main(small), *capsys.readouterr()), 'A/x.png', '--skip-broken')
+    assert P.main([*small, '--skip-broken']) == 0
+    m = P.read_all(tmp_path/'s').set_index('path')
+    assert m.kept['A/x.png'] == 0 and m.why['A/x.png'].startswith('unreadable: ') and m.kept.sum() == 12
+
+def test_files_that_vanish_after_they_were_listed(tmp_path, monkeypatch):
+    root, listed = drawn(tmp_path/'r', ['A', 'B']), P.list_patches
+    def vanishing(cfg):
+        found = listed(cfg); (root/'B'/'003.png').unlink(missing_ok=True); return found
+    monkeypatch.setattr(P, 'list_patches', vanishing)
+    with pytest.raises(InputError, match='B/003.png'): quiet(root, tmp_path/'s', **PLAIN)
+    for p in scan(root).path: Path(p).touch()
+    drawn(tmp_path/'again', ['B']); shutil.copy(tmp_path/'again'/'B'/'003.png', root/'B')
+    m = P.read_all(quiet(root, tmp_path/'t', skip_broken=True, **PLAIN))
+    assert m.path[m.kept == 0].tolist() == ['B/003.png']
+
+def test_unfinished_work_of_another_set_is_left_alone(tmp_path):
+    a, b = drawn(tmp_path/'a', ['A', 'B']), drawn(tmp_path/'b', ['A', 'B'])
+    cfg = P.PrepareConfig(str(a), out=str(tmp_path/'s'), workers=1, **PLAIN)
+    df, base = P.list_patches(cfg); part = P._claim(cfg.out); plan = P._make_plan(cfg, df, P._work_key(cfg, df, base), part)
+    P.do_chunk(P.Job(str(tmp_path/'s'/'images.npy'), str(part), 32, 'none', cfg.stain, None), 0, df.path.tolist())
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path/'s').rglob('*') if p.is_file() and '.lock' not in p.name}
+    for other in (dict(root=str(b)), dict(image_size=48)):
+        with pytest.raises(InputError, match='unfinished work of other files or options'): quiet(other.pop('root', a), tmp_path/'s', **PLAIN | other)
+        assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before}
+    (part/'plan.json').write_text(json.dumps(dict(key='0', target=None)))  # an earlier version's
+    with pytest.raises(InputError, match='another version'): quiet(a, tmp_path/'s', **PLAIN)
+    (part/'plan.json').write_bytes(before[part/'plan.json'][0])
+    assert same(quiet(a, tmp_path/'t', **PLAIN), quiet(a, tmp_path/'s', **PLAIN))
+    moved = a.rename(tmp_path/'moved')  # the same files on another mount: the same work
+    cfg = P.PrepareConfig(str(moved), out=str(tmp_path/'u'), workers=1, **PLAIN)
+    assert P._work_key(cfg, *P.list_patches(cfg)) == plan.key
+
+def test_few_patches(tmp_path, capsys):
+    one = drawn(tmp_path/'one', ['A'], 3); A.audit(quiet(one, tmp_path/'s1', **PLAIN))
+    many = drawn(tmp_path/'many', [f'c{k:02}' for k in range(40)], 3); A.audit(quiet(many, tmp_path/'s2', **PLAIN))
+    assert json.loads((tmp_path/'s2'/'audit.json').read_text())['leaks']['mean colour, as stored']['chance'] == 1/40
+    Image.new('RGB', (128, 4)).save(one/'A'/'thin.png')
+    with pytest.raises(InputError, match='thin.png: .*too small'): quiet(one, tmp_path/'s3', **PLAIN)
+
+def test_magnification_is_carried(tmp_path, capsys):
+    root = drawn(tmp_path/'r', ['A', 'B'], size=64)
+    card = load_prepared(quiet(root, tmp_path/'s', mpp=.25, **PLAIN)).card
+    assert card['mpp'] == .5 and set(P.read_all(tmp_path/'s').mpp) == {.25}  # 64 px of 0.25 µm become 32 px of 0.5
+    rows = scan(root).assign(mpp=[.25, .5]*6); rows.to_csv(tmp_path/'m.csv', index=False)
+    card = load_prepared(quiet(root, tmp_path/'t', manifest=str(tmp_path/'m.csv'), **PLAIN)).card
+    assert card['mpp'] == [.5, 1.] and '0.5 to 1 µm per pixel are mixed' in capsys.readouterr().err
+    assert 'mpp' not in load_prepared(quiet(root, tmp_path/'u', **PLAIN)).card
+
+def test_a_file_system_without_locks_and_folder_sync(tmp_path, monkeypatch):
+    import histogan.core as core
+    def no_locks(*a): raise OSError(errno.ENOLCK, 'No locks available')
+    def fsync(f, real=os.fsync):
+        if Path(f'/proc/self/fd/{f}').resolve().is_dir(): raise OSError(errno.EINVAL, 'Invalid argument')
+        real(f)
+    root = drawn(tmp_path/'r', ['A', 'B']); plain = quiet(root, tmp_path/'s', **PLAIN)
+    if core.fcntl: monkeypatch.setattr(core.fcntl, 'lockf', no_locks)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    assert same(plain, quiet(root, tmp_path/'t', **PLAIN))
+
+def test_without_posix_modules(tmp_path):
+    site = tmp_path/'site'; site.mkdir()
+    (site/'sitecustomize.py').write_text("import sys\nfor m in ('fcntl', 'resource', 'pwd', 'grp'): sys.modules[m] = None\n")
+    root = drawn(tmp_path/'r', ['A', 'B']); env = dict(PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
+    for program in ('prepare', 'audit'): assert run_cli([f'histogan.{program}', '--help'], env=env).rc == 0
+
+def test_datasets_of_the_first_format_load():
+    old = ROOT/'tests'/'prepared_format_1'; store = load_prepared(old)
+    assert store.card['classes'] == ['001', 'LYM', 'NA'] and len(store.manifest) == 6 and verify_prepared(old) == []
+    assert PreparedImages(old, store.manifest.store_row, 16)[[0, 5]].shape == (2, 16, 16, 3)
+    assert '6 of 6 patches kept, 3 classes' in P.summary(old)
 
 # ---- reading it
 

@@ -111,11 +111,11 @@ def test_broken_thresholds_are_refused_by_file_and_key(name, tmp_path):
 
 def test_files_that_are_not_there_or_cannot_be_written(tmp_path):
     assert 'cannot be read' in says(lambda: load_thresholds(tmp_path/'none.json')) and 'cannot be read' in says(lambda: load_thresholds(tmp_path))
-    assert 'cannot be written' in says(lambda: save_thresholds(tmp_path/'no'/'folder.json', NCT_THRESHOLDS))
+    assert 'could not be written' in says(lambda: save_thresholds(tmp_path/'no'/'folder.json', NCT_THRESHOLDS))
     (tmp_path/'taken').mkdir()
-    assert 'cannot be written' in says(lambda: save_thresholds(tmp_path/'taken', NCT_THRESHOLDS))
+    assert 'could not be written' in says(lambda: save_thresholds(tmp_path/'taken', NCT_THRESHOLDS))
     (tmp_path/'file').write_text('')
-    assert 'cannot be written' in says(lambda: save_thresholds(tmp_path/'file'/'x.json', NCT_THRESHOLDS))
+    assert 'could not be written' in says(lambda: save_thresholds(tmp_path/'file'/'x.json', NCT_THRESHOLDS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'taken'], 'a part of a file was left behind'
 
 def test_the_recipe_is_the_recipe(shared):
@@ -157,7 +157,8 @@ def test_the_report_shows_rejected_beside_accepted(table):
     quality = QualityFilter(calibrate(table))
     verdict = quality.check(table)
     report = quality_report(table, quality, read=read, per_class=3)
-    assert report.table.kept['all'] == verdict.kept.sum() and report.table.patches['all'] == len(table)
+    assert report.total.kept == verdict.kept.sum() and report.total.patches == len(table)
+    assert list(report.table.index) == sorted(set(table.label))
     for c in set(table.label):
         shown = [r for r in seen if table.label[r] == c]
         assert sum(verdict.kept[r] for r in shown) == 3 and 0 < sum(not verdict.kept[r] for r in shown) <= 3
@@ -165,6 +166,15 @@ def test_the_report_shows_rejected_beside_accepted(table):
     assert titles[:7] == list(LIMITS)
     for ax, key in zip(report.shares.axes, LIMITS):
         assert sorted(line.get_xdata()[0] for line in ax.lines if line.get_marker() == 'o') == sorted(getattr(t, key) for t in quality.thresholds.values())
+
+@pytest.mark.parametrize('names', [('all', 'hem', 'total'), ('0', '1', '001'), ('_a', '$b$', 'c{}')])
+def test_no_class_name_is_taken(names, table):
+    own = table.assign(label=table.label.map(dict(zip(('LYM', 'STR', 'TUM'), names))))
+    report = quality_report(own, QualityFilter(calibrate(own)), read=lambda row: np.full((16, 16, 3), 90, np.uint8))
+    assert report.table.patches.to_dict() == dict.fromkeys(names, 30) and report.total.patches == 90
+    assert report.table.kept.sum() == report.total.kept
+    report.shares.canvas.draw(); report.pictures.canvas.draw()  # no name is a formula or hidden
+    assert len(report.shares.axes[-1].get_legend().get_texts()) == 3
 
 # ---- the real sample
 
