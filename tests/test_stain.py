@@ -1,6 +1,7 @@
 "Stain normalisation with real files, hostile pixels, other processes and other processors, without SPAMS, and beside `staintools`."
 import hashlib, json, os, warnings
 from functools import partial
+from io import BytesIO
 from unittest.mock import patch
 
 import numpy as np
@@ -170,6 +171,106 @@ def test_rows_are_unit_vectors_haematoxylin_first(known):
             m, c = separate(im, method)
             assert m.shape == (2, 3) and np.allclose(np.linalg.norm(m, axis=1), 1) and m[0, 0] > m[1, 0] and (c >= 0).all()
             assert (np.diag(degrees(m[:, None], truth)) < np.diag(degrees(m[::-1, None], truth))).all(), 'the rows are swapped'
+
+# ---- black, and which stain is which
+
+PATCHES = ROOT/'nbs'/'patches'
+TISSUE = ('oral_oscc', 'oral_normal')
+
+def tissue_patches(n=6):
+    "Real patches that are part of the project."
+    return [read_rgb(p) for c in TISSUE for p in sorted((PATCHES/'histo5_128'/'train'/c).iterdir())[:n]]
+
+def as_jpeg(x, quality=85):
+    "Through JPEG and back."
+    with BytesIO() as f:
+        Image.fromarray(x).save(f, 'JPEG', quality=quality)
+        return np.array(Image.open(f))
+
+def brightness(x): return (x @ np.array([.299, .587, .114])).ravel()
+
+def kept(before, after):
+    "Correlation of brightness."
+    return np.corrcoef(brightness(before), brightness(after))[0, 1]
+
+@pytest.mark.parametrize('method', METHODS)
+def test_black_columns_leave_the_tissue_as_it_was(method):
+    norm = StainNormalizer(method).fit(render('TUM', 5, 128))
+    away = []
+    for x in tissue_patches():
+        without, edged = norm.transform(x).astype(int), x.copy()
+        edged[:, -3:] = 0
+        out, report = norm.transform(edged, report=True)
+        assert report.changed.all() and not out[:, -3:].any()
+        away.append(np.abs((out[:, :-3] - without[:, :-3]).mean((0, 1))).max())
+    assert np.median(away) < 1 and np.mean(np.array(away) < 3) > .8, away
+
+@pytest.mark.parametrize('method', METHODS)
+def test_black_does_not_count_at_all(method):
+    norm = StainNormalizer(method).fit(render('TUM', 5, 128))
+    limit = 8 if method == 'vahadane' else .01  # another random sample of pixels
+    for x in tissue_patches(2):
+        padded = np.zeros((160, 200, 3), np.uint8)
+        padded[:128, :128] = x
+        out = norm.transform(padded).astype(int)
+        assert not out[128:].any() and not out[:, 128:].any()
+        assert np.abs(out[:128, :128] - norm.transform(x)).mean() < limit
+
+@pytest.mark.parametrize('method', METHODS)
+def test_black_that_went_through_jpeg_stays_dark_and_out_of_the_measure(method):
+    norm = StainNormalizer(method).fit(render('TUM', 5, 128))
+    away = []
+    for x in tissue_patches():
+        edged = x.copy()
+        edged[:, -3:] = 0
+        out, without = norm.transform(as_jpeg(edged)).astype(int), norm.transform(as_jpeg(x))
+        assert out[:, -1].mean() < 16
+        away.append(np.abs((out[:, :-6] - without[:, :-6]).mean((0, 1))).max())
+    assert np.median(away) < 2, away
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('high', [1, 6, 20, 40])
+def test_a_dark_noisy_tile_passes_through_with_a_reason(method, high):
+    dark = np.random.default_rng(1).integers(0, high, (128, 128, 3), dtype=np.uint8)
+    out, report = StainNormalizer(method).fit(render('TUM', 5, 128)).transform(dark, report=True)
+    assert report.counts == {'too dark': 1} and np.array_equal(out, dark)
+
+def test_a_pen_mark_is_black_and_glass_is_glass():
+    norm = StainNormalizer().fit(render('TUM', 5, 128))
+    marked = render('TUM', 6, 128)
+    marked[40:60] = 5
+    out = norm.transform(marked)
+    assert np.array_equal(out[40:60], marked[40:60])
+    glass = np.full((128, 128, 3), 244, np.uint8)
+    glass[:40] = 0
+    assert norm.transform(glass, report=True)[1].counts == {'little tissue': 1}
+
+def worst_kept(method):
+    "The least correlation over the patches of the pages, against a target of strong nuclei."
+    norm = StainNormalizer(method, StainConfig(min_match=-1)).fit(render('NORM', 21, 128))
+    return min(kept(x, norm.transform(x)) for x in tissue_patches(24))
+
+@pytest.mark.parametrize('method', STAINS)
+def test_nuclei_stay_the_darkest_where_red_alone_would_exchange_the_stains(method):
+    with patch('histogan.stain._exchanged', lambda *a: False): assert worst_kept(method) < .7
+    assert worst_kept(method) > .75
+    norm = StainNormalizer(method).fit(render('NORM', 21, 128))
+    assert min(kept(x, norm.transform(x)) for x in tissue_patches(24)) > .8
+
+@pytest.mark.parametrize('method', STAINS)
+def test_every_oral_and_colorectal_patch_keeps_its_brightness(shared, method):
+    norms = [StainNormalizer(method).fit(render(*key, 128)) for key in (('TUM', 5), ('NORM', 21))]
+    folders = [shared/'data'/'histo5_128'/'train'/c for c in TISSUE] + sorted((shared/'data'/'ebhi_128'/'train').iterdir())
+    for x in (read_rgb(p) for f in folders for p in sorted(f.iterdir())[::4]):
+        for norm in norms:
+            out, report = norm.transform(x, report=True)
+            assert kept(x, out) > .79, report
+
+def test_a_stretch_that_turns_the_brightness_over_is_refused():
+    x = render('STR', 3, 96)
+    strict = StainNormalizer('macenko', StainConfig(min_match=1.)).fit(render('TUM', 5, 128))
+    out, report = strict.transform(x, report=True)
+    assert report.counts == {'brightness not kept': 1} and np.array_equal(out, x)
 
 # ---- real files
 
