@@ -357,6 +357,7 @@ def _grab(f, free=False) -> bool:  # False while another process has it
     "Lock an open file, or free it; OSError where there are no locks."
     try:
         if fcntl: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif not msvcrt: raise OSError(errno.ENOSYS, 'this system has no locks')
         else:
             f.seek(2**30)  # a byte far out: on Windows nobody can read what is locked
             msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK if free else msvcrt.LK_NBLCK, 1)
