@@ -187,7 +187,7 @@ def _labels(df, labels):  # -> (N,) array of class names
         raise ValueError(f'{len(df)} patches but {labels.shape} labels')
     return labels
 
-# %% ../nbs/05_quality.ipynb #10a61219
+# %% ../nbs/05_quality.ipynb #310f8d05
 def _finite(df, columns) -> pd.DataFrame:
     "Columns as floats, infinite values as missing ones."
     return df[list(columns)].astype(float).replace([np.inf, -np.inf], np.nan)
@@ -274,7 +274,7 @@ def _shown(name) -> str:
     name = str(name)
     return name if name.isprintable() and len(name) <= 60 else repr(name[:60])
 
-# %% ../nbs/05_quality.ipynb #974b1874
+# %% ../nbs/05_quality.ipynb #e3be6c6b
 def _wrong_keys(spec: dict) -> str | None:
     "The first key that is unknown or missing, None where all is well."
     known = (*LIMITS, 'rule')
@@ -426,7 +426,7 @@ def measure(
     rows = [_of(path) for path in df['path']]
     return df.assign(**pd.DataFrame(rows, columns=METRICS, index=df.index))
 
-# %% ../nbs/05_quality.ipynb #6b19bde2
+# %% ../nbs/05_quality.ipynb #58f35f00
 def _limits_at(own: pd.DataFrame, quantile) -> dict:  # limit -> value
     "Each limit at a value that some patch has."
     def _at(key):
@@ -459,7 +459,7 @@ def calibrate(
         found[c] = Thresholds(**_limits_at(own, quantile), rule=rules.get(c, 'limits'))
     return found
 
-# %% ../nbs/05_quality.ipynb #bc48ddca
+# %% ../nbs/05_quality.ipynb #d88e1467
 def filter_of(
     name: str,  # auto, none, nct, calibrate, or a JSON file of thresholds
     df: pd.DataFrame,  # metrics with label, width and height, a row per patch
@@ -579,7 +579,7 @@ class QualityReport(NamedTuple):
     shares: object  # matplotlib Figure, see plot_shares
     pictures: object  # matplotlib Figure, see show_rejected; None without files
 
-# %% ../nbs/05_quality.ipynb #20675e83
+# %% ../nbs/05_quality.ipynb #f438f6cd
 def quality_report(
     df: pd.DataFrame,  # the columns of QualityMetrics, a row per patch
     quality_filter: QualityFilter,  # thresholds, and statistics if fixed

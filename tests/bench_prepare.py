@@ -1,8 +1,8 @@
-"""Preparing and reading a store, measured: `python tests/bench_prepare.py [speed] [read] [copies] [memory]` (all four without a word).
+"""Preparing and reading a dataset, measured: `python tests/bench_prepare.py [speed] [read] [copies] [memory]` (all four without a word).
 
 speed   patches of 224 px per second through quality and Vahadane, by the clock and by the processor
-read    patches per second out of a store and out of the folders it was made of, in the same batches, at 256 px
-copies  5,000 phantom patches, and planted copies of 500 of them: which share ends in one unit, how many pairs are false
+read    patches per second out of a prepared dataset and out of the folders it was made of, in the same batches, at 256 px
+copies  5,000 phantom patches, and planted copies of 500 of them: which share ends in one group, how many pairs are false
 memory  the most that the first process and all processes together held (what they share counted once), for growing numbers of patches
 
 Phantom patches are drawn once into a folder that is kept (`--cache`, default: below the system's folder for temporary files).
@@ -24,7 +24,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from histogan.data import CLASSES, FLAT, HistoDataset, PreparedImages, linked_groups, load_prepared, near_duplicates, orient, scan, thumbnail, unshaded
+from histogan.data import HistoDataset, PreparedImages, load_prepared
+from histogan.images import FLAT, near_duplicates, thumbnail, unshaded
+from histogan.manifest import CLASSES, linked_groups, scan
 from histogan.phantom import make_phantom, render
 
 def tree(pid):
@@ -43,7 +45,7 @@ def proportional(pid):
     except (OSError, TypeError): return 0.
 
 def prepared(root, out, *options, watch=False):
-    "A store made in a process of its own: seconds by the clock, seconds of processor, and, when watched, the peak memory (MiB) of it and of it with all its workers."
+    "A dataset prepared in a process of its own: seconds by the clock, seconds of processor, and, when watched, the peak memory (MiB) of it and of it with all its workers."
     shutil.rmtree(out, ignore_errors=True)
     began, before, peak = time.perf_counter(), os.times(), [0., 0.]
     p = subprocess.Popen([sys.executable, '-m', 'histogan.prepare', str(root), '--out', str(out), *options], stdout=subprocess.DEVNULL)
@@ -53,6 +55,10 @@ def prepared(root, out, *options, watch=False):
     if p.wait(): sys.exit(f'histogan.prepare {root} ended with {p.returncode}')
     after = os.times()
     return time.perf_counter() - began, after.children_user + after.children_system - before.children_user - before.children_system, *peak
+
+def load():
+    "How busy the machine is, where the system tells."
+    return f' (load {os.getloadavg()[0]:.1f})' if hasattr(os, 'getloadavg') else ''
 
 def patches(cache, per_class, size):
     "A folder of phantom patches, drawn if it is not there."
@@ -69,21 +75,22 @@ def speed(cache):
         n = 900 - 9
         print(f'speed: 900 patches of 224 px, quality filter, Vahadane, copies and split, {workers} worker(s): {wall:.1f} s, of which {start:.1f} s to start; '
               f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
-              + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + f' (load {os.getloadavg()[0]:.1f})')
+              + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + load())
 
 def read(cache, batch=64, batches=20):
-    "The same batches out of the store and out of the folders."
+    "The same batches out of the prepared dataset and out of the folders."
     root, out = patches(cache, 100, 224), Path(cache, 'speed')
     if not out.exists(): prepared(root, out, '--workers', '2', '--quality.thresholds', 'calibrate')
     store = load_prepared(out); df, classes = store.manifest, store.card['classes']
     rng, rates = np.random.default_rng(0), {}
     order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
-    for name, images in (('store', PreparedImages(out, df.store_row, 256)), ('folders', None)):
+    for name, images in (('prepared', PreparedImages(out, df.store_row, 256)), ('folders', None)):
         data = HistoDataset(df, classes, 256, images); data[order[0]]
         began = time.perf_counter()
         for k in order: data[k]
         rates[name] = batch * batches / (time.perf_counter() - began)
-    print(f"read: store {rates['store']:,.0f} patches/s, folders {rates['folders']:,.0f} patches/s, ratio {rates['store'] / rates['folders']:.0f}, 256 px, batches of {batch}, one process")
+    print(f"read: prepared {rates['prepared']:,.0f} patches/s, folders {rates['folders']:,.0f} patches/s, "
+          f"ratio {rates['prepared'] / rates['folders']:.0f}, 256 px, batches of {batch}, one process")
 
 def jpeg(img, quality=90):
     out = io.BytesIO(); Image.fromarray(img).save(out, 'JPEG', quality=quality); return np.array(Image.open(out))
@@ -99,7 +106,7 @@ def copies(cache, n=5000, planted=500):
         more = np.stack([thumbnail(np.ascontiguousarray(f(images[k]))) for k in pick])
         sha = [str(k) for k in range(n)] + [str(k) if name == 'exact copy' else f'{name} {k}' for k in pick]
         unit = linked_groups(pd.DataFrame(dict(sha256=sha)), np.concatenate([thumbs, more]))
-        print(f'copies: {name}: {np.mean(unit[n:] == unit[pick]):.2%} of {planted} in one unit with their original')
+        print(f'copies: {name}: {np.mean(unit[n:] == unit[pick]):.2%} of {planted} in one group with their original')
     began = time.perf_counter(); pairs = near_duplicates(thumbs)
     print(f'copies: {len(pairs)} false pairs among {n} patches ({len(pairs) / n:.3%}; {time.perf_counter() - began:.1f} s); {n - busy.sum()} patches of empty glass are tied only when equal')
 

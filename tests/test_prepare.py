@@ -224,7 +224,7 @@ def test_broken_files_are_named_or_rejected(patches, tmp_path, capsys):
     root = shutil.copytree(patches, tmp_path/'broken'); files = scan(root).path
     Path(files[5]).write_bytes(b''); Path(files[300]).write_bytes(Path(files[300]).read_bytes()[:200]); Image.new('RGB', (9, 9)).save(files[500])
     plain = ['--stain.method', 'none', '--image-size', '32', '--workers', '1', '--out', str(tmp_path/'s')]
-    refused(Run(P.main([str(root), *plain]), *capsys.readouterr()), '3 of 810 files', Path(files[5]).name, Path(files[300]).name, '9 x 9 px is too small', '--skip-broken')
+    refused(Run(P.main([str(root), *plain]), *capsys.readouterr()), '3 of 810 files', Path(files[5]).name, Path(files[300]).name, 'is 9 x 9 px, too small', '--skip-broken')
     assert P.main([str(root), *plain, '--skip-broken']) == 0
     m = P.read_all(tmp_path/'s'); assert np.flatnonzero(m.kept == 0).tolist() == [5, 300, 500] and m.why.str.startswith('unreadable: ').sum() == 3
     assert not np.load(tmp_path/'s'/'images.npy')[300].any() and verify_prepared(tmp_path/'s') == []
@@ -369,6 +369,20 @@ def test_magnification_is_carried(tmp_path, capsys):
     card = load_prepared(quiet(root, tmp_path/'t', manifest=str(tmp_path/'m.csv'), **PLAIN)).card
     assert card['mpp'] == [.5, 1.] and '0.5 to 1 µm per pixel are mixed' in capsys.readouterr().err
     assert 'mpp' not in load_prepared(quiet(root, tmp_path/'u', **PLAIN)).card
+
+def test_arrays_are_prepared_as_they_are_split(tmp_path, capsys):
+    x = {s: np.stack([render(('TUM', 'STR')[k % 2], 100*j + k, 32) for k in range(n)]) for j, (s, n) in enumerate(dict(train=8, val=4, test=4).items())}
+    np.savez(tmp_path/'two.npz', **{f'{s}_images': v for s, v in x.items()}, **{f'{s}_labels': np.arange(len(v))[:, None] % 2 for s, v in x.items()})
+    store = quiet(tmp_path/'two.npz', tmp_path/'s', **PLAIN); d = load_prepared(store)
+    assert d.manifest.split.value_counts().to_dict() == dict(train=8, val=4, test=4) and len(d.card['classes']) == 2
+    images = PreparedImages(store, d.manifest.store_row, 32)
+    for row in (0, 15):
+        split_, k = d.manifest.path[row].rsplit('#', 1)[1].split('_images/')
+        assert np.array_equal(images[[row]][0], x[split_][int(k)])
+    A.audit(store)
+    anew = load_prepared(quiet(tmp_path/'two.npz', tmp_path/'t', split_column='', **PLAIN)).manifest.split.value_counts()
+    assert anew.sum() == 16 and anew.to_dict() != dict(train=8, val=4, test=4)
+    with pytest.raises(InputError, match='brings its own split'): quiet(tmp_path/'two.npz', tmp_path/'u', test_root=str(drawn(tmp_path/'r', ['A'])), **PLAIN)
 
 def test_a_file_system_without_locks_and_folder_sync(tmp_path, monkeypatch):
     import histogan.core as core
