@@ -1,5 +1,5 @@
 "The package as a stranger gets it: built into a wheel, installed into an empty folder, imported from there."
-import configparser, json
+import configparser, json, tarfile
 from importlib.metadata import Distribution
 
 import pytest
@@ -66,3 +66,28 @@ def test_each_program_can_be_called(installed, script):
     module, function = script.partition('=')[2].split(':')
     run = run_python(['-c', f'from {module} import {function} as f; assert callable(f)'], env={'PYTHONPATH': str(installed)})
     assert run.rc == 0, run.err
+
+def test_the_source_archive_builds_the_same_wheel(tmp_path, installed):
+    "What is uploaded is complete: the wheel made from the archive alone has every module."
+    tree = copy_tree(tmp_path/'tree')
+    built = run_python(['-m', 'build', '--no-isolation', '--outdir', tmp_path/'dist', tree], timeout=900)
+    assert built.rc == 0, built.err
+    archive, = (tmp_path/'dist').glob('histogan-*.tar.gz')
+    with tarfile.open(archive) as tar: names = {n.partition('/')[2] for n in tar.getnames()}
+    assert {'settings.ini', 'README.md', 'LICENSE', 'setup.py', 'pyproject.toml'} <= names
+    wheel, = (tmp_path/'dist').glob('histogan-*.whl')
+    put = run_python(['-m', 'pip', 'install', *OFFLINE, '--target', tmp_path/'site', wheel])
+    assert put.rc == 0, put.err
+    files = lambda site: {p.name: p.read_bytes() for p in (site/'histogan').glob('*.py')}
+    assert files(tmp_path/'site') == files(installed)
+
+def test_train_generate_report_run_from_the_wheel(tmp_path, installed):
+    "Without the repository: the three commands of a first visit, from the installed package, in an empty folder."
+    env = {'PYTHONPATH': str(installed)}
+    for args in (['histogan.train', '--preset', 'smoke', '--out', 'run'],
+                 ['histogan.generate', 'run', '--per-class', '2', '--out', 'synth'],
+                 ['histogan.report', 'run']):
+        run = run_python(['-m', *args], cwd=tmp_path, env=env)
+        assert run.rc == 0, f'{args}: {run.err}'
+    assert len(list((tmp_path/'synth').rglob('*.png'))) == 18
+    assert (tmp_path/'run'/'report.html').stat().st_size > 10_000
