@@ -30,7 +30,7 @@ from .encoder import CNNConfig, Encoder, own_cnn
 from .features import ALEXNET, INCEPTION, Extractor, FeatureCache, Lazy, Patches, absent, content_id, encoder_extractor, features, fetch, find_weights, lpips_distance, missing, open_extractor, to_batch
 from .generate import fingerprint, generate
 from .metrics import cloud_metrics, too_few
-from .phantom import make_phantom
+from .phantom import PHANTOM_VERSION, make_phantom
 from .train import phantom_root
 
 # %% ../nbs/63_eval.ipynb #4185d410
@@ -98,7 +98,7 @@ def fresh_phantom(
 ) -> tuple[Patches, Patches]:  # for the judge, for the reference; no slide in both
     "Phantom patches of slides that the run never saw."
     size, seed = cfg.data.image_size, cfg.phantom.seed + 12345
-    root = folder.parent / 'cache' / f'phantom-{size}px-{2 * per_class}-seed{seed}-fresh'
+    root = folder.parent / 'cache' / f'phantom-{size}px-{2 * per_class}-seed{seed}-v{PHANTOM_VERSION}-fresh'
     make_phantom(root, 2 * per_class, size, seed, slides=48, workers=os.cpu_count() or 1)
     df = scan(root, r'-s(\d+)-')
     p = Patches(np.stack([read_rgb(f) for f in df.path]), df.label.to_numpy(str), f'fresh phantom, seed {seed}')

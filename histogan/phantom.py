@@ -27,7 +27,7 @@ def rng_for(
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
-# %% ../nbs/04_phantom.ipynb #18ac09aa
+# %% ../nbs/04_phantom.ipynb #48e3e972
 _TAYLOR = [1/math.factorial(k) for k in range(7)]  # of e^x
 
 def _exp(x):  # any shape; below -16 as -16
@@ -41,7 +41,7 @@ def _exp(x):  # any shape; below -16 as -16
     for _ in range(4): s *= s
     return s
 
-# %% ../nbs/04_phantom.ipynb #ba5b4766
+# %% ../nbs/04_phantom.ipynb #73ad4672
 def _turn(t):  # radians, any shape
     "Cosine and sine to ten digits, with sums and products in a fixed order."
     whole = np.rint(t/(2*math.pi)) if isinstance(t, np.ndarray) else round(t/(2*math.pi))
@@ -52,7 +52,7 @@ def _turn(t):  # radians, any shape
     for _ in range(3): s, v = 2*s*(1 - v), 2*s*s
     return 1 - v, s
 
-# %% ../nbs/04_phantom.ipynb #4233d553
+# %% ../nbs/04_phantom.ipynb #63f3d9a2
 _ATAN = (.99997726, -.33262347, .19354346, -.11643287, .05265332, -.01172120)
 
 def _angle(y, x):  # two arrays
@@ -80,7 +80,7 @@ def grid(
     for a in (x, y): a.setflags(write=False)  # shared by every caller
     return x, y
 
-# %% ../nbs/04_phantom.ipynb #1bbcec49
+# %% ../nbs/04_phantom.ipynb #286c62da
 def _turn32(t):  # radians, any shape
     "Cosine and sine as float32."
     return (np.float32(v) for v in _turn(t))
@@ -584,7 +584,7 @@ class Stain:
         "The truth: (2, 3) float64, rows haematoxylin and eosin, unit length."
         return np.stack([_unit(self.hematoxylin), _unit(self.eosin)])
 
-# %% ../nbs/04_phantom.ipynb #a9c6baef
+# %% ../nbs/04_phantom.ipynb #831548aa
 def _unit(v):  # three numbers -> (3,) float64
     "A vector of length 1, added up in a fixed order."
     x, y, z = (float(c) for c in v)

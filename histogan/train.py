@@ -32,7 +32,7 @@ from .encoder import real_features
 from .guards import steps_differ
 from .log import RunLog, draw_grid, note_down, opening_line, plot_curves
 from .log import sample
-from .phantom import make_phantom
+from .phantom import PHANTOM_VERSION, make_phantom
 from .selection import open_chooser
 from .step import TrainState, build, load_state_dict, lrs_at, state_dict
 from .step import train_step
@@ -218,7 +218,7 @@ def phantom_root(
 ) -> str:  # folder of patches, drawn when not there yet
     "The embedded data set, beside the run."
     p, size = cfg.phantom, cfg.data.image_size
-    root = Path(cfg.out).parent / 'cache' / f'phantom-{size}px-{p.per_class}-seed{p.seed}'
+    root = Path(cfg.out).parent / 'cache' / f'phantom-{size}px-{p.per_class}-seed{p.seed}-v{PHANTOM_VERSION}'
     return str(make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1))
 
 def data_of(
