@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import tyro
 from .core import InputError, read_table, run_program, write_json
-from .data import load_prepared, read_all
+from .data import SPLITS, _in_threads, load_prepared, read_all
 from .images import read_rgb, resize
-from .manifest import SPLITS, _in_threads
 from .page import figure, page, section, table, text, write_page
 from .prepare import _square, parse
 
@@ -32,7 +31,7 @@ def histogram(
     r, g, b = (img.reshape(-1, 3) >> 5).astype(np.int32).T
     return (np.bincount(r * 64 + g * 8 + b, minlength=512) / r.size).astype(np.float32)
 
-# %% ../nbs/09_audit.ipynb #03324867
+# %% ../nbs/09_audit.ipynb #3b562fd8
 def balanced_accuracy(
     y: np.ndarray,  # (N,) true classes
     said: np.ndarray,  # (N,) predicted classes
@@ -77,7 +76,7 @@ def _sample(df, n=AUDIT_PER_CLASS) -> pd.DataFrame:
     def _some(g): return g.iloc[np.unique(np.linspace(0, len(g) - 1, n).astype(int))]
     return pd.concat([_some(g) for _, g in df.groupby(['label', 'split'])]).sort_index()
 
-# %% ../nbs/09_audit.ipynb #c0a22e6b
+# %% ../nbs/09_audit.ipynb #5cb6027c
 def _source(path) -> np.ndarray | None:  # (S, S, 3), None when it is gone
     "The square of a source file, if it is still there."
     try: return _square(read_rgb(path))
@@ -93,7 +92,7 @@ def stored_patches(
         pixels = np.load(Path(out, 'images.npy'), mmap_mode='r', allow_pickle=False)
         yield from (np.array(pixels[r]) for r in part)
 
-# %% ../nbs/09_audit.ipynb #97eadd42
+# %% ../nbs/09_audit.ipynb #11be311c
 def mean_colours(
     out: str | Path,  # a prepared dataset
     df: pd.DataFrame,  # rows of its manifest, with red, green, blue and store_row
@@ -103,7 +102,7 @@ def mean_colours(
     before = df[['red', 'green', 'blue']].to_numpy(float)
     return before, np.array(after).reshape(-1, 3)
 
-# %% ../nbs/09_audit.ipynb #12d6bdc0
+# %% ../nbs/09_audit.ipynb #0dc8d0ba
 def leaks(
     out: str | Path,  # a prepared dataset
     df: pd.DataFrame,  # kept rows of its manifest
@@ -151,7 +150,7 @@ def _strip(images) -> np.ndarray:  # (CELL, SHEET * CELL, 3) uint8
     cells = [blank if x is None else resize(x, CELL) for x in images]
     return np.concatenate(cells + [blank] * (SHEET - len(cells)), 1)
 
-# %% ../nbs/09_audit.ipynb #cbc46a1a
+# %% ../nbs/09_audit.ipynb #3c3c5b7a
 def sheet(
     out: str | Path,  # a prepared dataset
     rows: pd.DataFrame,  # of its manifest
@@ -183,7 +182,7 @@ def _bars(found: dict):  # matplotlib Figure
     fig.tight_layout()
     return fig
 
-# %% ../nbs/09_audit.ipynb #347a7839
+# %% ../nbs/09_audit.ipynb #18cc32b5
 def _class_table(df) -> pd.DataFrame:
     "Patches of each class in each split, and rejected ones."
     t = pd.crosstab(df.label, df.split.replace('', 'rejected'))
@@ -216,7 +215,7 @@ def _about_data(df, numbers) -> list[str]:
             section('Sizes and colour modes of the files', table(kinds, index=False),
                     text(made, 'note'))]
 
-# %% ../nbs/09_audit.ipynb #2d72deb8
+# %% ../nbs/09_audit.ipynb #f3224742
 _COPIES = '''Among {} readable patches. Exact copies have the same pixels; near copies
 are the same tissue after JPEG, a small change of size or brightness, a flip or a
 quarter turn. Copies stay in one split: "across splits" must be 0, and is more only
@@ -282,7 +281,7 @@ def _about_pixels(df, numbers) -> list[str]:
     return [section('Clipped pixels', table(clipped), text(_CLIPPED, 'note')),
             section('Stain', table(outcome), text(spread, 'note'))]
 
-# %% ../nbs/09_audit.ipynb #0cc05196
+# %% ../nbs/09_audit.ipynb #97612aad
 _EIGHT = 'Eight patches of each class, evenly spaced over the list.'
 _GONE = '''Thresholds are for mistakes of scanning and cutting. When what they reject
 looks like good tissue, they are for other patches than these: calibrate them.'''
@@ -292,7 +291,7 @@ def _sheets(out, df, base, words) -> list[str]:
     return [figure(sheet(out, g, base), words.format(c=c, n=len(g)), photo=True)
             for c, g in df.groupby('label')]
 
-# %% ../nbs/09_audit.ipynb #d24d33fc
+# %% ../nbs/09_audit.ipynb #8085eee0
 def _about_rejected(df, out, base) -> list[str]:
     "Why patches were rejected, and what they look like."
     gone = df[(df.kept == 0) & (df.stored != '')]
@@ -321,7 +320,7 @@ def _numbers(df, out, card) -> dict:
         clipped=kept.groupby('label').sat_ratio.mean().to_dict(),
         colour_spread=dict(before=before, after=after))
 
-# %% ../nbs/09_audit.ipynb #35783a20
+# %% ../nbs/09_audit.ipynb #410015d3
 _LEAD = '''{kept} of {patches} patches in {n} classes, stored at {size} px. What is in
 the data, what gives the classes away without histology, and what that means for
 conclusions drawn from them.'''
@@ -350,12 +349,12 @@ class AuditArgs:
     "Write audit.html and audit.json into a prepared dataset."
     dataset: tyro.conf.Positional[str]  # folder that histogan.prepare made
 
-# %% ../nbs/09_audit.ipynb #847a8dcf
+# %% ../nbs/09_audit.ipynb #fb1ccaf0
 def _program(argv):
     "Audit one folder."
     print(f"audit: {audit(parse(argv, AuditArgs, 'histogan.audit').dataset)}")
 
-# %% ../nbs/09_audit.ipynb #acf9c921
+# %% ../nbs/09_audit.ipynb #cf50a0d2
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
 ) -> int:  # 0 done, 2 bad input

@@ -21,17 +21,17 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/07_prepare.ipynb #c866e453
+# %% ../nbs/07_prepare.ipynb #c91889dc
 from .core import (InputError, clear_torn, file_digest, follow_parent, hasher,
                            lock, moved, read_json, read_table, run_program, sync_file,
                            versions, wait_for, warn_line, write_file, write_json,
                            write_table)
-from .data import (HEADER, PREPARED, PREPARED_FORMAT, is_prepared,
-                           prepared_card, read_all, reserve_images)
+from .data import (HEADER, PREPARED, PREPARED_FORMAT, SPLITS, Inspected,
+                           classes_line, file_groups, is_prepared, load_manifest,
+                           named, prepared_card, read_all, reserve_images, scan, split)
 from .images import (RESIZE, THUMB, _read, pixel_hash, read_rgb, resize, stamp,
                              thumbnail)
-from .manifest import (SPLITS, Inspected, classes_line, file_groups,
-                               find_copies, load_manifest, named, scan, split)
+from .manifest import find_copies
 from .quality import METRICS, filter_of, jpeg_blockiness, quality_metrics
 from .stain import (METHODS, UNAVAILABLE, StainConfig, StainNormalizer,
                             pick_target)
