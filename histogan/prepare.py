@@ -21,7 +21,7 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/07_prepare.ipynb #c91889dc
+# %% ../nbs/07_prepare.ipynb #76abfc25
 from .core import (InputError, clear_torn, file_digest, follow_parent, hasher,
                            lock, moved, read_json, read_table, run_program, sync_file,
                            versions, wait_for, warn_line, write_file, write_json,
@@ -114,7 +114,7 @@ def _from_table(cfg) -> pd.DataFrame:  # path, label; root, group, split, mpp if
     below = os.path.join(os.path.abspath(cfg.test_root), '')
     return df.assign(root=[int(os.path.abspath(p).startswith(below)) for p in df.path])
 
-# %% ../nbs/07_prepare.ipynb #5fba8a5f
+# %% ../nbs/07_prepare.ipynb #2d0284cc
 def _from_roots(cfg) -> pd.DataFrame:  # path, label, root; group, split if known
     "The patches of one or two folders or array files."
     roots = filter(None, (cfg.root, cfg.test_root))
@@ -136,10 +136,12 @@ def list_patches(
     df = _from_table(cfg) if cfg.manifest else _from_roots(cfg)
     df['path'] = [os.path.abspath(p) for p in df.path]
     if cfg.mpp: df['mpp'] = df.mpp.fillna(cfg.mpp) if 'mpp' in df else cfg.mpp
-    if (twice := df.path.duplicated()).any():
-        raise InputError(f'{df.path[twice].iloc[0]}: is listed twice; '
-                         'give two different folders')
-    return df, os.path.commonpath([os.path.dirname(p) for p in df.path])
+    for p in df.path[df.path.duplicated()]:
+        raise InputError(f'{p}: is listed twice; give two different folders')
+    folders = {os.path.dirname(p) for p in df.path}
+    if len({os.path.splitdrive(f)[0] for f in folders}) > 1:
+        raise InputError('the patches lie on several disks; copy them to one')
+    return df, os.path.commonpath(folders)
 
 # %% ../nbs/07_prepare.ipynb #37a4bbd4
 class Row(NamedTuple):
@@ -156,7 +158,7 @@ class Row(NamedTuple):
     metrics: tuple = (np.nan,) * len(METRICS)  # see QualityMetrics
     thumb: np.ndarray = np.zeros((THUMB, THUMB), np.uint8)  # grey
 
-# %% ../nbs/07_prepare.ipynb #57bf31ac
+# %% ../nbs/07_prepare.ipynb #569e7e4c
 class Job(NamedTuple):
     "What a worker must know, beside the paths."
     pixels: str  # file of the stored patches
@@ -176,7 +178,7 @@ def _square(img) -> np.ndarray:  # (S, S, 3)
 
 def _at_most(x, size): return resize(x, size) if len(x) > size else x
 
-# %% ../nbs/07_prepare.ipynb #0b3dc364
+# %% ../nbs/07_prepare.ipynb #62baa8cb
 def _normalizer(job: Job) -> StainNormalizer | None:
     "The normaliser of a job, its target in place."
     if not job.target: return None
@@ -184,7 +186,7 @@ def _normalizer(job: Job) -> StainNormalizer | None:
     norm.load_state_dict(job.target)
     return norm
 
-# %% ../nbs/07_prepare.ipynb #1371ffff
+# %% ../nbs/07_prepare.ipynb #498446be
 def _kind(path) -> str:
     "Format and colour mode, from the header."
     if not os.path.isfile(path): return 'array RGB'
@@ -288,7 +290,7 @@ def _asked(cfg) -> dict:
                 manifest=_at(cfg.manifest), image_size=cfg.image_size,
                 stain=asdict(cfg.stain))
 
-# %% ../nbs/07_prepare.ipynb #20c8ce5e
+# %% ../nbs/07_prepare.ipynb #542fafed
 def _own_plan(cfg, key, part, same=False) -> Plan | None:  # same: of this key alone
     "The plan of this work; unfinished work on something else is refused, not deleted."
     if not (path := Path(part, 'plan.json')).exists(): return None
@@ -300,7 +302,7 @@ def _own_plan(cfg, key, part, same=False) -> Plan | None:  # same: of this key a
     raise InputError(f'--out {cfg.out}: holds unfinished work of other files or '
                      f'options ({where}); choose another folder, or remove {part}')
 
-# %% ../nbs/07_prepare.ipynb #1bae5ca8
+# %% ../nbs/07_prepare.ipynb #f501693b
 def _make_plan(cfg, df, key, part: Path) -> Plan:
     "Go on with a plan of that key, or begin anew."
     plan, n, pixels = _own_plan(cfg, key, part), len(df), cfg.image_size ** 2 * 3
@@ -327,7 +329,7 @@ def _pool(workers):
         context.set_forkserver_preload(['histogan.quality', 'histogan.stain', 'tyro'])
     return ProcessPoolExecutor(workers, context, follow_parent)
 
-# %% ../nbs/07_prepare.ipynb #2d91f4ed
+# %% ../nbs/07_prepare.ipynb #2da82d57
 def _run_chunks(job, todo, paths, workers):  # yields how many patches were done
     "The chunks of this process, over its workers."
     parts = [paths[k * CHUNK:(k + 1) * CHUNK] for k in todo]
@@ -349,13 +351,13 @@ def my_share() -> tuple[int, int]:  # rank, world: from RANK and WORLD_SIZE
     raise InputError(f'RANK {rank}, WORLD_SIZE {world}: must be whole numbers, '
                      'RANK from 0 to WORLD_SIZE - 1')
 
-# %% ../nbs/07_prepare.ipynb #e2caf659
+# %% ../nbs/07_prepare.ipynb #a11c43cd
 def _lost(part, n) -> list[int]:
     "Chunks without a record."
     there = set(os.listdir(os.path.join(part, 'done')))
     return [k for k in range(-(-n // CHUNK)) if f'{k:06d}.npz' not in there]
 
-# %% ../nbs/07_prepare.ipynb #7b024191
+# %% ../nbs/07_prepare.ipynb #c4764a9d
 def _work(cfg, df, plan: Plan, part: Path, share, progress: bool):
     "Our chunks that have no record yet; the first process then waits for all."
     n, paths, (rank, world) = len(df), df.path.tolist(), share
@@ -381,7 +383,7 @@ class _Thumbs:
         shape = self.n, THUMB, THUMB
         return np.array(np.memmap(self.path, np.uint8, 'r', shape=shape)[rows])
 
-# %% ../nbs/07_prepare.ipynb #888d9db4
+# %% ../nbs/07_prepare.ipynb #36458471
 def _table_of(record) -> pd.DataFrame:
     "A record, without its thumbnails."
     text = 'fault', 'width', 'height', 'mode', 'mpp', 'sha256', 'stored', 'stain'
@@ -389,7 +391,7 @@ def _table_of(record) -> pd.DataFrame:
     numbers |= dict(zip(METRICS, record['metrics'].T))
     return pd.DataFrame({c: record[c] for c in text}).assign(**numbers)
 
-# %% ../nbs/07_prepare.ipynb #834315a5
+# %% ../nbs/07_prepare.ipynb #5d405e40
 def _collect(part, df) -> tuple[pd.DataFrame, _Thumbs]:
     "All records, in order."
     thumbs, rows = _Thumbs(os.path.join(part, 'thumbs'), len(df)), []
@@ -414,7 +416,7 @@ def _check_faults(cfg, df, good):
         raise InputError(f'{cfg.manifest or cfg.root}: class {gone[0]} has no readable '
                          'file; fix or remove it')
 
-# %% ../nbs/07_prepare.ipynb #0ff3b7d1
+# %% ../nbs/07_prepare.ipynb #0f1967ba
 def _keep(cfg, df) -> tuple[pd.DataFrame, dict | None]:  # with why, kept; thresholds
     "Which patches are kept, and why the others are not."
     good = (df.fault == '').to_numpy()
@@ -470,7 +472,7 @@ def _options(cfg) -> dict:
     without = {'out', 'workers', 'audit'} | unset
     return {k: v for k, v in asdict(cfg).items() if k not in without}
 
-# %% ../nbs/07_prepare.ipynb #fcfdcd86
+# %% ../nbs/07_prepare.ipynb #d16390b1
 def _card(cfg, df, base, plan, thresholds) -> dict:
     "What prepare.json says."
     stain = Counter(df.stain[df.sha256 != ''])
@@ -484,7 +486,7 @@ def _card(cfg, df, base, plan, thresholds) -> dict:
     mpp = _resolution(df, cfg.image_size)
     return card | ({} if mpp is None else dict(mpp=mpp))
 
-# %% ../nbs/07_prepare.ipynb #02ec4ba8
+# %% ../nbs/07_prepare.ipynb #1097789a
 def _finish(cfg, df, base, plan, part: Path, out: Path):
     "Tables, splits, and the moment in which a prepared dataset comes to be."
     clear_torn(out)
@@ -510,7 +512,7 @@ def _done_before(cfg, df, base, out) -> bool:
     shutil.rmtree(Path(out, '.part'), ignore_errors=True)  # killed in its last step
     return True
 
-# %% ../nbs/07_prepare.ipynb #c86ddaf3
+# %% ../nbs/07_prepare.ipynb #80334a5c
 def _claim(out) -> Path:
     "The folder of unfinished work, in a folder that is empty or ours."
     out, part = Path(out), Path(out, '.part')
@@ -584,7 +586,7 @@ def _program(argv) -> int:
     if not cfg.audit: return 0  # a process of its own loads what drawing needs
     return subprocess.run([sys.executable, '-m', 'histogan.audit', str(out)]).returncode
 
-# %% ../nbs/07_prepare.ipynb #71b35034
+# %% ../nbs/07_prepare.ipynb #6a6db7e9
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
 ) -> int:  # 0 done, 2 bad input, 130 interrupted
