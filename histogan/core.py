@@ -591,7 +591,8 @@ OLD_NAMES = {  # module -> its old names, and where they are now; to go with ver
                   known_vectors draw_fakes autocast Terms d_step r1_of accuracy g_step g_terms
                   weights_of_g distances pixel_stats after_d after_g set_lr prepare_batch
                   row_of''')),
-    'prepare': dict(versions='core.versions'),
+    'prepare': dict(versions='core.versions', look='prepare.process_file',
+                    **_same('audit', 'mean_colours stored_patches')),
     'downstream': dict(versions='core.versions'),
     'report': dict(versions='core.versions', read_csv='core.read_table',
                    read_json='core.read_json'),
