@@ -131,7 +131,7 @@ class Config:
     @property
     def is_phantom(self) -> bool:
         "Are the patches the embedded drawings? A manifest replaces them."
-        return self.data.root == 'phantom' and not self.data.manifest
+        return self.data.is_phantom
 
 # %% ../nbs/50_config.ipynb #a3ac9c89
 def widths_for(

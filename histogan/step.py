@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
            'load_state_dict', 'in_force', 'build', 'reseed', 'drawn', 'whole_batch', 'EncodedBatch', 'wants_encoder',
-           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'r1_of',
-           'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances', 'pixel_stats', 'after_d',
-           'after_g', 'lrs_at', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
+           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'norms_once', 'can_fuse', 'Terms',
+           'd_step', 'd_terms', 'r1_of', 'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances',
+           'pixel_stats', 'after_d', 'after_g', 'lrs_at', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
 
 # %% ../nbs/52_step.ipynb #f9850b21
 from .config import Config, fit_to_data, pick_amp, pick_device
 
 # %% ../nbs/52_step.ipynb #7b1ad7dd
-import math
+import contextlib, math
 import numpy as np
 import torch
 from dataclasses import asdict, dataclass, field, replace
 from torch import nn
+from torch.nn.utils import parametrize
 from typing import NamedTuple
 from .augment import AdaState, accuracy_threshold, ada_update
 from .augment import apply_augmentations, d4, draw_augmentations, draw_d4
@@ -25,7 +26,7 @@ from .augment import real_accuracy
 from .checkpoint import misfit
 from .core import InputError
 from .data import to_float
-from .discriminator import CombinedCondDiscriminator
+from .discriminator import CombinedCondDiscriminator, joint
 from .dist import average, gather_batch, local_rows, world
 from .encoder import Encoded
 from .generator import Generator, draw_crossover, draw_noise
@@ -160,7 +161,8 @@ def build(
     G_ema = Generator(cfg.g)
     G_ema.load_state_dict(G.state_dict())
     G, D, G_ema = (m.to(device, memory_format=layout) for m in (G, D, G_ema.eval().requires_grad_(False)))
-    adam = lambda m, lr: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr, betas=cfg.optim.betas)
+    adam = lambda m, lr: torch.optim.Adam([p for p in m.parameters() if p.requires_grad],
+                                          lr, betas=cfg.optim.betas, fused=can_fuse(device))
     n_maps = len(encoder.map_channels) if cfg.loss.pair_weight and encoder is not None else 0
     return TrainState(cfg, list(classes), G, D, G_ema, adam(G, cfg.optim.lr_g), adam(D, cfg.optim.lr_d),
                       torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device), LayoutTerm(len(classes)).to(device),
@@ -267,6 +269,24 @@ def autocast(
     dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(s.cfg.run.amp, torch.float32)
     return torch.autocast(s.device.type, dtype, enabled=s.cfg.run.amp != 'off')
 
+# %% ../nbs/52_step.ipynb #6d3d7339
+@contextlib.contextmanager
+def norms_once(
+    D: nn.Module,  # its spectral norms
+):
+    "Normalise each weight once for the length of a block, in full precision."
+    with parametrize.cached():
+        for m in D.modules():
+            if parametrize.is_parametrized(m):
+                for name in m.parametrizations: getattr(m, name)
+        yield
+
+def can_fuse(
+    device: torch.device,  # of the parameters
+) -> bool:  # one kernel for all parameters of a step
+    "Has Adam a fused kernel here?"
+    return device.type in ('cuda', 'cpu')
+
 # %% ../nbs/52_step.ipynb #46847788
 class Terms(NamedTuple):
     "What one optimiser step reports, as Python numbers."
@@ -288,16 +308,29 @@ def d_step(
     with torch.no_grad():
         reals = reals or encode_batch(s, x, need)
         fakes = fakes.detach() if fakes else draw_fakes(s, y, need)
+    with norms_once(s.D): terms, real, fake = d_terms(s, y, reals, fakes)
+    c = s.cfg.loss
+    loss, log = weighted_sum(terms, d_weights(c, s.step))
+    return optimizer_step(s, s.opt_D, loss, {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)))
+
+# %% ../nbs/52_step.ipynb #bc2746b8
+def d_terms(
+    s: TrainState,  # read only
+    y: torch.Tensor,  # (N,)
+    reals: EncodedBatch,  # no graph
+    fakes: EncodedBatch,  # no graph
+) -> tuple[dict, object, object]:  # name -> unweighted term; DOutput on reals, on fakes
+    "Every term of D's objective; reals and fakes go through D together."
+    c, loss_fn = s.cfg.loss, d_adversarial(s.cfg.loss)
     with autocast(s):
-        real = s.D(reals.aug, y, s.gate.alpha, reals.encoded)
-        fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
-        loss_fn, c = d_adversarial(s.cfg.loss), s.cfg.loss
-        terms = dict(adv=torch.stack([loss_fn(r, f) for r, f in zip(real.logits, fake.logits)]).mean())
+        x, both = torch.cat([reals.aug, fakes.aug]), joint(reals.encoded, fakes.encoded)
+        real, fake = s.D(x, torch.cat([y, y]), s.gate.alpha, both).split()
+        each = [loss_fn(r, f) for r, f in zip(real.logits, fake.logits)]
+        terms = dict(adv=torch.stack(each).mean())
     if c.drift_eps: terms['drift'] = drift(real.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, reals.aug, y)
     if r2_due(c, s.step): terms['r2'] = r1_of(s, fakes.aug, y)
-    loss, log = weighted_sum(terms, d_weights(c, s.step))
-    return optimizer_step(s, s.opt_D, loss, {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)))
+    return terms, real, fake
 
 # %% ../nbs/52_step.ipynb #8a69accc
 def r1_of(
@@ -356,12 +389,12 @@ def g_step(
     with torch.no_grad():
         if reals is None or (need and reals.encoded is None): reals = encode_batch(s, x, need)
     fakes = fakes or draw_fakes(s, y, need)
-    s.D.requires_grad_(False)
+    s.D.requires_grad_(False).eval()
     try:
-        with autocast(s): terms = g_terms(s, y, reals, fakes)
+        with norms_once(s.D), autocast(s): terms = g_terms(s, y, reals, fakes)
         loss, log = weighted_sum(terms, weights_of_g(s))
         g = optimizer_step(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
-    finally: s.D.requires_grad_(True)
+    finally: s.D.requires_grad_(True).train()
     if g.finite and s.cfg.loss.layout_weight: s.layout.update(*(layouts(whole_batch(s, t)) for t in (reals.x, fakes.x.detach())), whole_batch(s, y))
     return g
 

@@ -138,7 +138,7 @@ def open_patches(
         table = folder / 'artifacts' / 'manifest.csv'
         manifest = load_manifest(table, patches.root, test_root=patches.test_root)
     return in_turn(open_data, patches, manifest, progress=rank() == 0, rank=rank(),
-                   world=world())
+                   world=world(), cache_dir=folder.parent / 'cache' / 'patches')
 
 NOT_PREPARED = (
     'the patches are used as they are: the original recipe normalises their stain (Vahadane) '
