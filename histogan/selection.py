@@ -63,7 +63,7 @@ def layout_correlation(
     if n < 2: raise ValueError(f'a correlation needs two samples, not {n}')
     return ((n * l.mean(0).square().sum() - l.square().sum(1).mean()) / (n - 1)).item()
 
-# %% ../nbs/42_selection.ipynb #c2413c77
+# %% ../nbs/42_selection.ipynb #dd5eb3e9
 def poses(
     x,  # (N, C, R, R)
 ) -> list:  # eight of the same shape; the first is x
@@ -78,7 +78,7 @@ def squared_distances(
     cross = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
     return cross.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
 
-# %% ../nbs/42_selection.ipynb #d95ebd98
+# %% ../nbs/42_selection.ipynb #dd3029d3
 def pose_distances(
     x,  # (N, C, R, R) images of one class
     spatial: Callable,  # images -> (N, d): what is where
@@ -90,7 +90,7 @@ def pose_distances(
         least = d if least is None else torch.minimum(least, d)
     return torch.minimum(least, least.T).sqrt().fill_diagonal_(math.inf)
 
-# %% ../nbs/42_selection.ipynb #2beab623
+# %% ../nbs/42_selection.ipynb #2f6b4417
 TAIL = .05  # share of reals that count as repeating each other; decided
 
 def repeats(
@@ -137,7 +137,7 @@ class Quality:
     fd_real: float  # the same between two sets of equally many reals
     repeats: list = ()  # share of samples that repeat another; empty = not measured
 
-# %% ../nbs/42_selection.ipynb #6939e44e
+# %% ../nbs/42_selection.ipynb #fb4c37ba
 class Embedded(NamedTuple):
     "A set of patches as the held-out classifier sees it."
     x: torch.Tensor  # (N, 3, R, R) in [-1, 1]
@@ -158,7 +158,7 @@ def embed(
     gaps = [pose_distances(x[y == c], where) for c in range(logits.shape[1])]
     return Embedded(x, y, logits, f, gaps)
 
-# %% ../nbs/42_selection.ipynb #23893d3c
+# %% ../nbs/42_selection.ipynb #8c3a4c87
 def equal_numbers(
     y,  # (N,) int64 labels of the fakes
     others: list,  # of (M,): labels of reals
@@ -192,7 +192,7 @@ def quality(
     found = class_accuracy(f.logits, f.y).tolist()
     return Quality(found, right.item(), *apart, layout, *_with_equal_numbers(f, a, b, C))
 
-# %% ../nbs/42_selection.ipynb #2a224eaa
+# %% ../nbs/42_selection.ipynb #cc7ee26a
 def _with_equal_numbers(f, a, b, C):
     "FD of fakes and of reals, and repeats: averages over parts as large as the reals."
     each, parts = equal_numbers(f.y, [a.y, b.y], C)
@@ -224,7 +224,7 @@ class SelectionConfig:
 
     def __post_init__(self): _check(self)
 
-# %% ../nbs/42_selection.ipynb #1e267c75
+# %% ../nbs/42_selection.ipynb #366c700e
 def _check(s):
     "Say by name what cannot be."
     for name in ('min_accuracy', 'min_class_accuracy', 'max_layout', 'max_repeats', 'max_class_repeats'):
@@ -291,7 +291,7 @@ def selection_update(
     return state, SelectionVerdict('selection', step, seen, limit, bool(action), action,
                                    log=bool(action), score=value)
 
-# %% ../nbs/42_selection.ipynb #de7509d7
+# %% ../nbs/42_selection.ipynb #96f4bae4
 def _fault(cfg, q):
     "The first fault that calls for a person: action, value, threshold."
     low, high, again = min(_mean(q.features), _mean(q.pixels)), max(q.layout), q.repeats or [0.]
@@ -300,7 +300,7 @@ def _fault(cfg, q):
     if _mean(again) > cfg.max_repeats: return 'repeats', _mean(again), cfg.max_repeats
     if max(again) > cfg.max_class_repeats: return 'repeats', max(again), cfg.max_class_repeats
 
-# %% ../nbs/42_selection.ipynb #00165fc1
+# %% ../nbs/42_selection.ipynb #3c6c2d75
 class Considered(NamedTuple):
     "The answer to one question."
     best: bool  # keep this model
@@ -322,7 +322,7 @@ class Chooser:
         if metric == 'selection': self._keep_classified()
         if metric == 'fd': self._keep_random(reals)
 
-# %% ../nbs/42_selection.ipynb #06c2d210
+# %% ../nbs/42_selection.ipynb #ba56cbb9
 @patch
 def _keep_classified(self: Chooser):
     "Reals as the classifier sees them, once; samples are drawn in their composition."
@@ -339,7 +339,7 @@ def _keep_random(self: Chooser, reals):
     self.real, y = torch.cat([f for f, _ in seen]).numpy(), torch.cat([y for _, y in seen])
     self.y = y[torch.arange(self.n) * len(y) // self.n % len(y)]
 
-# %% ../nbs/42_selection.ipynb #a5b29490
+# %% ../nbs/42_selection.ipynb #7941e4ab
 @patch
 @torch.no_grad()
 def consider(self: Chooser,
@@ -356,7 +356,7 @@ def consider(self: Chooser,
     event = dict(value=v.value, threshold=v.threshold, action=v.action or 'scored', score=v.score)
     return Considered(self.best_step == step, card, event | dict(quality=asdict(q)))
 
-# %% ../nbs/42_selection.ipynb #ec9761d6
+# %% ../nbs/42_selection.ipynb #89ddd323
 @patch
 def _by_distance(self: Chooser, step, x):
     "The lowest Fréchet distance in random features."
@@ -376,7 +376,7 @@ def best_step(self: Chooser) -> int | None:
     "Step of the best checkpoint."
     return self.state.best_step
 
-# %% ../nbs/42_selection.ipynb #71daf672
+# %% ../nbs/42_selection.ipynb #929f6bcc
 @patch
 def state_dict(self: Chooser) -> dict:  # JSON-able
     "The best so far, and who said so."
@@ -395,7 +395,7 @@ def load_state_dict(self: Chooser,
     self.state = SelectionState(saved.get('best', math.inf), saved.get('best_step'))
     return self
 
-# %% ../nbs/42_selection.ipynb #6049cefe
+# %% ../nbs/42_selection.ipynb #04de3463
 def open_chooser(
     data,  # what `open_data` gave
     cfg: SelectionConfig = SelectionConfig(),  # thresholds
@@ -418,15 +418,15 @@ def _batch(part, i):
     x = torch.from_numpy(np.ascontiguousarray(part.pixels(i))).permute(0, 3, 1, 2)
     return to_float(x), torch.as_tensor(part.labels[i]).long()
 
-# %% ../nbs/42_selection.ipynb #4004490c
+# %% ../nbs/42_selection.ipynb #3b4faa99
 def effective_dimensions(
     f,  # (N, d) codes or features
     y=None,  # (N,) classes; None = one class
 ) -> float:  # in [1, min(d, n - 1)]; nan when nothing varies
     "Participation ratio of the covariance within a class; mean over classes."
     f = torch.as_tensor(np.asarray(f)).double()
-    y = torch.zeros(len(f)) if y is None else torch.as_tensor(np.asarray(y))
-    parts = [f[y == c] for c in y.unique()]
+    y = np.zeros(len(f)) if y is None else np.asarray(y)
+    parts = [f[torch.from_numpy(y == c)] for c in np.unique(y)]
     return float(np.mean([_participation(p - p.mean(0)) for p in parts if len(p) > 1] or [math.nan]))
 
 def _participation(centred):
@@ -434,7 +434,7 @@ def _participation(centred):
     gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
     return float(gram.trace() ** 2 / gram.square().sum())
 
-# %% ../nbs/42_selection.ipynb #af5d3585
+# %% ../nbs/42_selection.ipynb #e20b8185
 def frame(
     x,  # (N, 3, R, R) in [-1, 1]; N ≥ 2
 ) -> float:  # standard deviation over images; grey levels of [-1, 1]

@@ -28,7 +28,7 @@ def main():
     x = {k: np.stack([resize(read_rgb(a.folder/p), 64) for p in d.path]) for k, d in sets.items()}
     print({k: len(v) for k, v in x.items()})
     for ex in (pixel_extractor(), layout_extractor(random_encoder(0).calibrate(x['train']), 'untrained')):
-        look = lambda p: torch.cat([ex.see(b) for b in to_batch(p).split(64)]).numpy()
+        look = lambda p: torch.cat([ex.encode(b) for b in to_batch(p).split(64)]).numpy()
         dist = {k: nearest([look(t) for t in turns(x[k])], look(x['train']), 1 + NEXT)[0] for k in ('honest', 'held')}
         for name, f in dict(absolute=lambda d: d[:, 0], relative=relative).items():
             t = tails(f(dist['honest']), f(dist['held']))

@@ -14,12 +14,15 @@ import histogan.features as hf
 from conftest import Run, run_cli
 from histogan.data import InputError, read_rgb, to_float
 from histogan.encoder import random_encoder
-from histogan.eval import FIDLPIPSEvaluator, main
+from histogan.eval import FIDLPIPSEvaluator, evaluate_folders, main
 from histogan.features import ALEXNET, INCEPTION, FeatureCache, Patches, encoder_extractor, features, inception_extractor, lpips_distance, lpips_network
 from histogan.metrics import frechet
+from histogan.phantom import render, stain_for
 
 torch.set_num_threads(1)
-COLUMNS = ['set', 'class', 'metric', 'value', 'std', 'n', 'n_ref', 'extractor', 'resize', 'reference', 'note']
+COLUMNS = ['set', 'scope', 'class', 'metric', 'value', 'std', 'n', 'n_ref', 'extractor', 'trained_on', 'resize', 'reference', 'note']
+
+def overall(df): return df[df.scope == 'all classes']
 
 def refused(done, *words, lines=1):
     "Exit code 2 and `lines` lines of error, which together hold every word; no traceback."
@@ -54,8 +57,11 @@ def test_a_run_is_evaluated_without_any_weights(run, tmp_path):
     assert 'left out: FID needs' in done.err and 'left out: LPIPS needs' in done.err and 'closer to training patches' in done.out
     df = pd.read_csv(run/'metrics'/'distribution.csv')
     assert list(df) == COLUMNS and set(df.set) == {'synthetic', 'real', 'real half'} and len(set(df['class'])) == 10
-    assert 'FID' not in set(df.metric) and {'FD-cnn', 'KD-cnn', 'precision', 'recall', 'density', 'coverage', 'diversity'} == set(df.metric)
-    fd = df[(df.metric == 'FD-cnn') & (df['class'] == 'all')].set_index('set')
+    assert 'FID' not in set(df.metric) and {f'{d}-{n}' for d in ('FD', 'KD') for n in ('cnn', 'random-0')} < set(df.metric)
+    assert {'recall', 'coverage', 'radius ratio', 'nearest distance', 'dimensions', 'repeats', 'accuracy', 'frame', 'fine detail', 'checkerboard', 'diversity'} < set(df.metric)
+    assert dict(df[df.extractor != 'pixels'].groupby('extractor').trained_on.first()) == {'cnn': 'no', 'random-0': 'yes'}  # features it never had beside those it had
+    assert '* in features that the discriminator trained with' in done.out
+    fd = overall(df[df.metric == 'FD-cnn']).set_index('set')
     assert fd.value['synthetic'] > 3*fd.value['real'] and fd.n['synthetic'] == fd.n['real'] == 108  # two steps of training
     assert 'fresh phantom' in fd.reference['synthetic'] and fd.note.str.contains('read the kernel distance').all()
     record = json.loads((run/'metrics'/'eval.json').read_text())
@@ -74,7 +80,7 @@ def test_nothing_is_computed_twice(run, evaluate, no_weights):
     assert passes(evaluate()) == 0 and patch.read_bytes() == whole  # drawn again, and known
     assert others == {p: p.read_bytes() for p in others} and (run/'metrics'/'distribution.csv').read_bytes() == table
     Image.fromarray(255 - read_rgb(patch)).save(patch)
-    assert passes(evaluate('--no-copying')) == 1
+    assert passes(evaluate('--no-copying')) == 2  # by each of two networks
     patch.write_bytes(whole)
     assert passes(evaluate()) == 0
 
@@ -94,9 +100,9 @@ def test_an_interrupted_pass_goes_on(tmp_path):
     def breaks(x):
         seen.append(len(x))
         if sum(seen) > 25: raise KeyboardInterrupt
-        return ex.see(x)
+        return ex.encode(x)
     from dataclasses import replace
-    with pytest.raises(KeyboardInterrupt): features(FeatureCache(tmp_path, shard=10, batch=5), replace(ex, see=breaks), images)
+    with pytest.raises(KeyboardInterrupt): features(FeatureCache(tmp_path, shard=10, batch=5), replace(ex, encode=breaks), images)
     cache = FeatureCache(tmp_path)
     features(cache, ex, images)
     assert (cache.computed, cache.reused) == (20, 20)
@@ -184,7 +190,7 @@ def test_inception_gives_fid(inception, tmp_path):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     theirs = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=str(path))
     x = torch.from_numpy(sets[0].x[:4]).permute(0, 3, 1, 2)
-    assert_close(ex.see(x), theirs(x)[0])
+    assert_close(ex.encode(x), theirs(x)[0])
 
 class Bomb:
     def __init__(self, flag): self.flag = flag
@@ -230,10 +236,39 @@ def test_lpips_tells_repeated_patches(run, evaluate, shared, no_weights):
     assert evaluate('--alexnet', alexnet(shared), '--no-copying').rc == 0
     again = evaluate('--alexnet', alexnet(shared), '--no-copying')
     df = pd.read_csv(run/'metrics'/'distribution.csv')
-    lpips = df[(df.metric == 'LPIPS') & (df['class'] == 'all')].set_index('set').value
+    lpips = overall(df[df.metric == 'LPIPS']).set_index('set').value
     assert passes(again) == 0 and lpips['real'] > 0.05
     x = next(p for p in [np.stack([read_rgb(f) for f in sorted(run.glob('synth/seed0-*/LYM/*.png'))])])
     few = Patches(x[np.arange(12)//6], np.repeat('LYM', 12))  # two patches, six times each
     ev = FIDLPIPSEvaluator(FeatureCache(run.parent/'x'), [], lpips_distance(alexnet(shared)), pairs=30)
     whole, repeated = (ev.diversity(ev.lpips, p, ['LYM'])[0]['value'] for p in (Patches(x, np.repeat('LYM', 12)), few))
     assert repeated < 0.8*whole
+
+def test_a_generator_that_repeats_and_an_honest_one(tmp_path):
+    "Without a run: folders of anybody's patches, in three lines."
+    def fill(name, start, n, same=0):
+        for c in ('LYM', 'TUM'):
+            (tmp_path/name/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(render(c, start + (0 if i % 8 < same else i), 32, stain_for(start + i))).save(tmp_path/name/c/f'{i:03}.png')
+    fill('real', 0, 112), fill('honest', 1000, 50), fill('repeats', 2000, 50, same=3)
+    table = {name: overall(evaluate_folders(tmp_path/'real', tmp_path/name, lpips='no', extractors=('cnn', 'random:0'))) for name in ('honest', 'repeats')}
+    for t in table.values():
+        n = t[(t.set != 'real') & t.metric.isin(['FD-cnn', 'FD-random-0'])].n
+        assert (n == n.iloc[0]).all()  # as many of each
+    of = lambda name, ex: table[name][(table[name].metric == 'repeats') & (table[name].extractor == ex)].set_index('set').value
+    for ex in ('cnn', 'random-0'):
+        assert of('honest', ex)['synthetic'] < .22 and of('repeats', ex)['synthetic'] > .3 and of('honest', ex)['real half'] < .12, ex
+    accuracy = table['honest'][table['honest'].metric == 'accuracy'].set_index('set').value
+    assert accuracy['synthetic'] > .6
+
+def test_folders_without_classes_and_without_a_run(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, n in dict(real=40, fake=12, other=3).items():
+        (tmp_path/name).mkdir()
+        for i in range(n): Image.fromarray(rng.integers(0, 256, (24 if name == 'fake' else 32, 24 if name == 'fake' else 32, 3), np.uint8)).save(tmp_path/name/f'{i}.png')
+    df = evaluate_folders(tmp_path/'real', tmp_path/'fake', lpips='no', extractors=('random:0',))
+    assert set(df['class']) == {'', 'patches'} and df.resize[0].startswith('24 px')
+    assert main([str(tmp_path/'fake'), '--real', str(tmp_path/'real'), '--lpips', 'no', '--extractors', 'random:0']) == 0 and 'FD-random-0' in capsys.readouterr().out
+    with pytest.raises(InputError, match='6 of each are needed'): evaluate_folders(tmp_path/'real', tmp_path/'other', lpips='no', extractors=('random:0',))
+    with pytest.raises(InputError, match='nowhere'): evaluate_folders(tmp_path/'nowhere', tmp_path/'fake')
+    with pytest.raises(InputError, match='two classes'): evaluate_folders(tmp_path/'real', tmp_path/'fake', lpips='no', extractors=('cnn',))
