@@ -575,8 +575,8 @@ def _same(module, names): return {n: f'{module}.{n}' for n in names.split()}
 OLD_NAMES = {  # module -> its old names, and where they are now; to go with version 0.3
     'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
                        disk_error='core.disk_error'),
-    'data': dict(families='manifest.linked_groups', STORE='data.PREPARED',
-                 STORE_FORMAT='data.PREPARED_FORMAT', _store_card='data.prepared_card',
+    'data': dict(families='splits.linked_groups', STORE='prepared.PREPARED',
+                 STORE_FORMAT='prepared.PREPARED_FORMAT', _store_card='prepared.prepared_card',
                  _check_split='manifest.check_split', _named='manifest.named',
                  _file_hash='core.file_digest', _pixel_hash='images.pixel_hash',
                  _thumbnail='images.thumbnail'),

@@ -4,25 +4,20 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'SPLITS', 'mark_cache', 'own_kind', 'is_own', 'looks_like_split', 'file_groups', 'named', 'classes_line',
-           'is_array', 'scan', 'added_since', 'Inspected', 'inspect', 'linked_groups', 'find_copies', 'split_targets',
-           'split', 'check_split', 'load_manifest', 'save_manifest']
+           'scan', 'added_since', 'check_split', 'load_manifest', 'save_manifest']
 
 # %% ../nbs/02_manifest.ipynb #468d2335
-import csv, os, re, stat, unicodedata, warnings
+import csv, os, re, unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from tqdm.auto import tqdm
-from .core import InputError, moved, read_json, warn_line, write_file, write_json, write_table
-from .images import (ARRAY_SUFFIXES, IMAGE_SUFFIXES, THUMB, _read, array_keys, member_of,
-    near_duplicates, open_array, pixel_hash, read_rgb, resize, stamp, thumbnail)
+from .arrays import ARRAY_SUFFIXES, is_array, list_arrays, member_of
+from histogan.core import (InputError, read_json, warn_line, write_file, write_json,
+    write_table)
+from .images import IMAGE_SUFFIXES
 
 # %% ../nbs/02_manifest.ipynb #1e6a2566
 CLASSES = dict(
@@ -230,92 +225,6 @@ def _label_names(raw) -> dict:  # label as written -> label
         if n > 1: warn_line(f'{", ".join(repr(s) for s in names if names[s] == name)}: taken as one class, {name} (they differ in blanks or in how accents are written)')
     return names
 
-# %% ../nbs/02_manifest.ipynb #af60d21b
-def is_array(
-    root: str | Path,  # file or folder
-) -> bool:
-    "Are its patches rows of arrays?"
-    return bool(root) and (str(root).lower().endswith(ARRAY_SUFFIXES) or bool(_h5_pairs(root)))
-
-# %% ../nbs/02_manifest.ipynb #505212d8
-_ARRAY_CLASSES = {'pathmnist': tuple(CLASSES), 'camelyonpatch': ('normal', 'tumor')}
-_PARTS = (('train', 'train'), ('val', 'val'), ('valid', 'val'), ('test', 'test'))  # in a name -> split
-
-def _array_pairs(root) -> list[tuple]:  # (split or '', file and key of images, of labels)
-    "The arrays of patches and labels that belong together."
-    pairs = _h5_pairs(root)
-    if pairs: return pairs
-    keys = array_keys(root)
-    parts = [(s, f'{w}_images', f'{w}_labels') for w, s in _PARTS if f'{w}_images' in keys]
-    parts = parts or [('', x, y) for x, y in (('images', 'labels'), ('x', 'y'), ('X', 'y')) if x in keys]
-    if not parts: raise InputError(f'{root}: holds the arrays {named(keys, 8)}; read are train_images and train_labels (val_, test_), images and labels, or x and y')
-    lost = [y for _, _, y in parts if y not in keys]
-    if lost: raise InputError(f'{root}: has no array {lost[0]} (found: {named(keys, 8)})')
-    return [(s, (str(root), x), (str(root), y)) for s, x, y in parts]
-
-# %% ../nbs/02_manifest.ipynb #71e6fb1a
-def _h5_pairs(root) -> list[tuple]:
-    "Pairs of files NAME_x.h5 and NAME_y.h5, in a folder or beside the one named."
-    root = Path(root)
-    if root.is_dir(): files = sorted([*root.glob('*_x.h5'), *root.glob('*_x.hdf5')])
-    elif re.search(r'_x\.(h5|hdf5)$', root.name): files = _sisters(root)
-    else: return []
-    pairs = []
-    for x in files:
-        y = x.with_name(re.sub(r'_x(\.\w+)$', r'_y\1', x.name))
-        if not y.exists(): raise InputError(f'{x}: its labels, {y.name}, are not beside it')
-        words = re.split(r'[^a-z]+', x.stem.lower())
-        pairs.append((next((s for w, s in _PARTS if w in words), ''), (str(x), 'x'), (str(y), 'y')))
-    return pairs
-
-def _sisters(x) -> list[Path]:
-    "The files of the other splits beside a training file."
-    if 'train' not in x.name: return [x]
-    return [p for w in ('train', 'valid', 'val', 'test') if (p := x.with_name(x.name.replace('train', w))).exists()]
-
-# %% ../nbs/02_manifest.ipynb #a03f3e54
-def _labels_in(file, key, n) -> np.ndarray:  # (n,) int
-    "The labels of an array: one whole number per patch."
-    y = np.asarray(open_array(file, key)[:])
-    flat = y.reshape(len(y), -1) if y.ndim else y
-    if y.ndim == 0 or flat.shape != (n, 1): raise InputError(f'{file}: {key} holds {y.shape}, not one label for each of {n} patches')
-    if flat.dtype.kind not in 'iub' and not (flat == np.floor(flat)).all(): raise InputError(f'{file}: {key} holds {y.dtype}, not whole numbers')
-    flat = flat[:, 0].astype(int)
-    if flat.min() < 0: raise InputError(f'{file}: {key} holds negative labels')
-    return flat
-
-def _patches_in(file, key) -> int:
-    "How many patches an array holds, once its shape is right."
-    a = open_array(file, key)
-    if len(a.shape) != 4 or a.shape[3] != 3 or a.dtype != np.uint8:
-        raise InputError(f'{file}: {key} holds {tuple(a.shape)} {a.dtype}, not (N, H, W, 3) uint8 (RGB)')
-    if not len(a): raise InputError(f'{file}: {key} holds no patch')
-    return len(a)
-
-# %% ../nbs/02_manifest.ipynb #f82a0268
-def _array_names(root, class_names, labels) -> np.ndarray:  # of dtype object
-    "The names of an array's classes."
-    stem = Path(root).stem.lower() if Path(root).is_file() else next(iter(Path(root).glob('*_x.*'))).stem.lower()
-    known = next((v for k, v in _ARRAY_CLASSES.items() if stem.startswith(k)), ())
-    names = list(class_names) or list(known)
-    most = int(labels.max()) + 1
-    if not names:
-        warn_line(f'{root}: classes are called by their numbers; --data.class-names A,B,… names them')
-        names = [f'{k:0{len(str(most - 1))}}' for k in range(most)]
-    if len(names) < most: raise InputError(f'--data.class-names: {len(names)} names for labels up to {most - 1} in {root}; give {most}')
-    return np.array(names, object)
-
-def _scan_arrays(root, class_names=()) -> pd.DataFrame:  # path, label, and split where it is official
-    "The manifest of arrays."
-    parts = []
-    for part, (file, x), (labels, y) in _array_pairs(root):
-        n = _patches_in(file, x)
-        at = os.path.abspath(file)
-        parts.append(pd.DataFrame(dict(path=[f'{at}#{x}/{k}' for k in range(n)], label=_labels_in(labels, y, n), split=part)))
-    df = pd.concat(parts, ignore_index=True)
-    df['label'] = _array_names(root, class_names, df.label.to_numpy())[df.label]
-    return df if df.split.nunique() > 1 and (df.split != '').all() else df.drop(columns='split')
-
 # %% ../nbs/02_manifest.ipynb #e3d3e2a9
 def scan(
     root: str | Path,  # folder with one folder per class, or a file of arrays
@@ -323,7 +232,7 @@ def scan(
     class_names=(),  # of an array's numbers, in order
 ) -> pd.DataFrame:  # columns path, label and perhaps group, split; sorted
     "The manifest of a folder of class folders."
-    if is_array(root): return _scan_arrays(root, class_names)
+    if is_array(root): return list_arrays(root, class_names)
     found = {folder: _below(folder, root) for folder in _class_folders(root)}
     found = _classes_alone(root, found)
     _check_level(root, {folder.name: len(f.images) for folder, f in found.items()})
@@ -372,216 +281,6 @@ def added_since(
         if found and name not in known: classes.append(folder.name)
         else: files += sum(os.path.abspath(p) not in listed for p in found)
     return classes, files
-
-# %% ../nbs/02_manifest.ipynb #360c129e
-class Inspected(NamedTuple):
-    "What one pass over the files found."
-    df: pd.DataFrame  # the manifest with width, height, sha256, size, mtime_ns, perhaps mpp
-    thumbs: np.ndarray  # (N, 32, 32) uint8 grey
-    images: np.ndarray | None  # (N, R, R, 3) uint8, or None: too large
-
-# %% ../nbs/02_manifest.ipynb #8c71bb18
-_FACTS = ('width', 'height', 'sha256', 'size', 'mtime_ns', 'mpp')
-
-def _examine(path, size) -> tuple | str:  # (facts, thumbnail, resized) or the fault
-    "Decode one file and take everything from it that is needed later."
-    try: (img, mpp), (length, time) = _read(path), stamp(path)
-    except InputError as e: return str(e)
-    facts = img.shape[1], img.shape[0], pixel_hash(img), length, time, mpp
-    return facts, thumbnail(img), resize(img, size) if size else None
-
-def _in_threads(f, items, workers):
-    "`map` in order, over threads; nothing new is started after an interruption."
-    pool = ThreadPoolExecutor(workers)
-    try: yield from pool.map(f, items)
-    finally: pool.shutdown(cancel_futures=True)
-
-# %% ../nbs/02_manifest.ipynb #34b9487f
-def inspect(
-    df: pd.DataFrame,  # a manifest; only its column path is used
-    image_size: int = 0,  # side of the cached patches; px; 0: no cache
-    cache_mb: float = 1024,  # largest cache; MiB; decided
-    workers: int = 0,  # threads; 0: one per core, at most 8
-    progress: bool = True,  # show a bar on a terminal
-    images: np.ndarray | None = None,  # (N, R, R, 3) uint8 to fill, of any size
-) -> Inspected:  # the manifest with sizes and hashes, thumbnails, cache
-    "Decode every file exactly once; one `InputError` names all that cannot be read."
-    n = len(df)
-    fits = image_size and n*image_size**2*3 <= cache_mb*2**20
-    thumbs = np.empty((n, THUMB, THUMB), np.uint8)
-    if images is None and fits: images = np.empty((n, image_size, image_size, 3), np.uint8)
-    examine = partial(_examine, size=0 if images is None else image_size)
-    rows, bad = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # set outside the threads: the filter is shared
-        found = _in_threads(examine, df.path, workers or min(8, os.cpu_count() or 1))
-        for i, seen in enumerate(tqdm(found, 'reading patches', n, disable=None if progress else True)):
-            if isinstance(seen, str): bad.append(seen); continue
-            facts, thumbs[i], small = seen
-            rows.append(facts)
-            if images is not None: images[i] = small
-    if bad: raise InputError(f'{len(bad)} of {n} files cannot be used: {named(bad)}')
-    return Inspected(_with_facts(df, rows), thumbs, images)
-
-# %% ../nbs/02_manifest.ipynb #f0667c65
-def _with_facts(df, rows) -> pd.DataFrame:
-    "A manifest with what was found; µm per pixel only where a file or the table says it."
-    facts = dict(zip(_FACTS, zip(*rows)))
-    mpp = np.array(facts.pop('mpp'), float)
-    if 'mpp' in df: mpp = np.where(np.isnan(df.mpp.to_numpy(float)), mpp, df.mpp)
-    if not np.isnan(mpp).all(): facts['mpp'] = mpp
-    return df.assign(**facts)
-
-# %% ../nbs/02_manifest.ipynb #0b76f6e9
-def linked_groups(
-    df: pd.DataFrame,  # with sha256, and perhaps group ('' or NaN: none)
-    thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
-    threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
-    near: pd.DataFrame | None = None,  # what it found, if that was done already
-) -> np.ndarray:  # (N,) int: the unit of each patch
-    "Number the sets of patches that must stay in one split."
-    rows, exact = np.arange(len(df)), _first(df.sha256)
-    links = [(rows, exact)]
-    if 'group' in df:
-        group = df.group.fillna('')
-        links.append((rows, np.where(group == '', rows, _first(group))))
-    one = np.unique(exact)  # one of each set of exact copies
-    if near is None and threshold < 1: near = near_duplicates(thumbs, threshold, rows=one)
-    if near is not None: links.append((near.i.to_numpy(), near.j.to_numpy()))
-    a, b = (np.concatenate(side) for side in zip(*links))
-    graph = coo_array((np.ones(len(a)), (a, b)), (len(df),)*2)
-    return connected_components(graph, directed=False)[1]
-
-def _first(values) -> np.ndarray:
-    "For each row, the first row with the same value."
-    code = pd.factorize(values)[0]
-    return np.unique(code, return_index=True)[1][code]
-
-# %% ../nbs/02_manifest.ipynb #861a2cb9
-def find_copies(
-    df: pd.DataFrame,  # with sha256, empty where a file could not be read
-    thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
-    threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
-) -> pd.DataFrame:  # i < j, kind exact or near, orientation, correlation
-    "Exact copies, each with the first of its kind, and near copies among the first ones."
-    good = np.flatnonzero(df.sha256 != '')
-    first = good[np.unique(df.sha256.iloc[good], return_index=True)[1]]
-    at, again = pd.Series(first, df.sha256.iloc[first]), np.setdiff1d(good, first)
-    exact = pd.DataFrame(dict(i=at[df.sha256.iloc[again]].to_numpy(int), j=again, kind='exact', orientation=0, correlation=1.))
-    near = near_duplicates(thumbs, threshold, rows=np.sort(first)) if threshold < 1 else exact[:0]
-    both = pd.concat([exact, near.assign(kind='near')])
-    return both.sort_values(['i', 'j', 'orientation'], ignore_index=True)
-
-# %% ../nbs/02_manifest.ipynb #937950da
-def split_targets(
-    n: np.ndarray,  # (C,) patches of each class
-    val_frac: float,  # share for validation; [0, 1)
-    test_frac: float,  # share for the test; [0, 1)
-) -> np.ndarray:  # (3, C) int: wanted patches in train, val, test
-    "How many patches each split wants; training never goes without."
-    def share(frac, most): return np.minimum(np.maximum(1, np.rint(n*frac)), most) if frac else 0*n
-    val = share(val_frac, n - 1)
-    test = share(test_frac, n - 1 - val)
-    return np.stack([n - val - test, val, test]).astype(int)
-
-# %% ../nbs/02_manifest.ipynb #8fe8d687
-def _place_units(counts, target, seed) -> np.ndarray:  # (U,) split of each unit
-    "Place units (U, C) so that the sums come near `target` (S, C)."
-    order = np.random.default_rng(seed).permutation(len(counts))
-    size = counts.sum(1)
-    order = order[np.argsort(-size[order], kind='stable')]
-    have, to, closed = np.zeros(target.shape), np.zeros(len(counts), int), target.sum(1) == 0
-    for u in order[size[order] > 1]:
-        g = counts[u]
-        cost = (g*(2*(have - target) + g)/target.clip(1)).sum(1)
-        to[u] = s = np.where(closed, np.inf, cost).argmin()  # who wants nothing gets nothing
-        have[s] += g
-    return _place_singles(to, counts, order[size[order] == 1], target - have)
-
-def _place_singles(to, counts, single, missing) -> np.ndarray:
-    "Units of one patch fill what is missing."
-    for c in range(counts.shape[1]):
-        mine = single[counts[single, c] == 1]
-        ends = np.cumsum(missing[1:, c].clip(0)).astype(int)
-        to[mine] = np.searchsorted(ends, np.arange(len(mine)), side='right') + 1
-    return np.where(to == len(missing), 0, to)
-
-# %% ../nbs/02_manifest.ipynb #cb990bac
-def _fill_gaps(to, counts, target) -> np.ndarray:  # (U,) split of each unit
-    "Give every split at least one unit of every class that it wants, where that is possible."
-    to, size = to.copy(), counts.sum(1)
-    for s, c in zip(*np.nonzero(target)):
-        have = np.stack([counts[to == k].sum(0) for k in range(len(target))])
-        if have[s, c]: continue
-        donors = np.flatnonzero((counts[:, c] > 0) & (to != s))
-        if s: donors = donors[((have[to[donors]] > counts[donors]) | (counts[donors] == 0)).all(1)]
-        if len(donors): to[donors[size[donors].argmin()]] = s
-    return to
-
-# %% ../nbs/02_manifest.ipynb #d7f62f8b
-def _place_rows(df, rows, want, seed) -> np.ndarray:  # (len(rows),) 0, 1 or 2
-    "Split some rows of a manifest with a column unit; `want` maps class sizes to targets."
-    unit, label = (pd.factorize(df[c].to_numpy()[rows])[0] for c in ('unit', 'label'))
-    counts = np.zeros((unit.max() + 1, label.max() + 1), int)
-    np.add.at(counts, (unit, label), 1)
-    target = want(counts.sum(0))
-    return _fill_gaps(_place_units(counts, target, seed), counts, target)[unit]
-
-def _halves(n):
-    "The wanted numbers of a root that is for evaluation alone."
-    return np.stack([0*n, n - n//2, n//2])
-
-# %% ../nbs/02_manifest.ipynb #47fa9daa
-def _by_dataset(df, seed) -> np.ndarray:  # (N,) 0, 1 or 2
-    "Halves of the second root, without what the first root knows."
-    second = df.root.values == 1
-    new = set(df.label[second]) - set(df.label[~second])
-    if new: raise InputError(f'--data.test-root: has classes that --data.root has not ({", ".join(sorted(new))}); give both the same class folders')
-    known = second & df.unit.isin(df.unit[~second]).values
-    if known.any(): warn_line(f'{known.sum()} patches of --data.test-root are copies or relatives of training patches; they are moved to train')
-    to, rows = np.zeros(len(df), int), np.flatnonzero(second & ~known)
-    if len(rows): to[rows] = _place_rows(df, rows, _halves, seed)
-    return to
-
-# %% ../nbs/02_manifest.ipynb #3039c9dd
-def split(
-    df: pd.DataFrame,  # a manifest; by_dataset: with root 0 or 1
-    policy: str = 'from_one_root',  # or by_dataset, manual_csv
-    val_frac: float = .15,  # share set aside before training; decided
-    test_frac: float = .15,  # share for the final test; decided
-    seed: int = 0,  # of the order in which units are placed; decided
-    near_duplicate: float = .95,  # of `linked_groups`; measured, 01_images
-    seen: Inspected | None = None,  # `inspect(df)`, if it was done already
-    near: pd.DataFrame | None = None,  # `near_duplicates`, likewise
-) -> pd.DataFrame:  # with sha256, unit, and split: train, val or test
-    "Split without leaks: copies, near duplicates and groups stay together."
-    seen = seen or inspect(df)
-    df = seen.df.assign(unit=linked_groups(seen.df, seen.thumbs, near_duplicate, near))
-    _say_two_labels(df)
-    if policy == 'manual_csv': return _checked(df)
-    if policy not in ('by_dataset', 'from_one_root'): raise InputError(f'policy {policy!r}; use from_one_root, by_dataset or manual_csv')
-    if policy == 'by_dataset': to = _by_dataset(df, seed)
-    else: to = _place_rows(df, np.arange(len(df)), partial(split_targets, val_frac=val_frac, test_frac=test_frac), seed)
-    return df.assign(split=np.array(SPLITS)[to])
-
-# %% ../nbs/02_manifest.ipynb #2377f5a5
-def _checked(df) -> pd.DataFrame:  # the same
-    "A split made by hand: reported when it leaks, refused when it cannot be trained on."
-    if 'split' not in df: raise InputError('manual_csv: the manifest has no column split; add it')
-    lost = sorted(set(df.label) - set(df.label[df.split == 'train']))
-    if lost: raise InputError(f'manual_csv: no training patch of {", ".join(lost)}; give every class at least one')
-    known = ((df.split != 'train') & df.unit.isin(df.unit[df.split == 'train'])).sum()
-    if known: warn_line(f'{known} patches outside train are copies or relatives of training patches; the split is kept as written')
-    return df
-
-def _say_two_labels(df):
-    "One picture under two labels teaches both."
-    kinds = df.groupby('sha256', sort=False).label.nunique()
-    both = kinds.index[kinds > 1]
-    if not len(both): return
-    example = df[df.sha256 == both[0]]
-    where = ' and '.join(f'{os.path.basename(p)} in {l}' for p, l in zip(example.path[:2], example.label[:2]))
-    warn_line(f'{len(both)} pictures stand under two labels (such as {where}); remove the wrong ones')
 
 # %% ../nbs/02_manifest.ipynb #94a2607d
 _COUNTS = ('root', 'width', 'height', 'unit', 'store_row', 'size', 'mtime_ns')  # whole numbers
@@ -804,6 +503,3 @@ def _relative(path, start) -> str:
     "A relative path; the whole one on another disk."
     try: return os.path.relpath(path, start).replace(os.sep, '/')
     except ValueError: return path
-
-# %% ../nbs/02_manifest.ipynb #817d75de
-__getattr__ = moved('manifest')

@@ -31,7 +31,7 @@ from .data import (HEADER, PREPARED, PREPARED_FORMAT, SPLITS, Inspected,
                            named, prepared_card, read_all, reserve_images, scan, split)
 from .images import (RESIZE, THUMB, _read, pixel_hash, read_rgb, resize, stamp,
                              thumbnail)
-from .manifest import find_copies
+from .splits import find_copies
 from .quality import METRICS, filter_of, jpeg_blockiness, quality_metrics
 from .stain import (METHODS, UNAVAILABLE, StainConfig, StainNormalizer,
                             pick_target)

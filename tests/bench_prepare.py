@@ -26,7 +26,8 @@ from PIL import Image
 
 from histogan.data import HistoDataset, PreparedImages, load_prepared
 from histogan.images import FLAT, near_duplicates, thumbnail, unshaded
-from histogan.manifest import CLASSES, linked_groups, scan
+from histogan.manifest import CLASSES, scan
+from histogan.splits import linked_groups
 from histogan.phantom import make_phantom, render
 
 def tree(pid):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, inspect,
                            linked_groups, load_manifest, near_duplicates, open_data, orient, read_rgb, resize, save_manifest, scan, split)
 from histogan.images import _candidates
-from histogan.manifest import _place_units
+from histogan.splits import _place_units
 from conftest import run_python
 
 def tissue(seed, px=32):

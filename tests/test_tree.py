@@ -8,7 +8,7 @@ from conftest import ROOT, run_python
 TOP = set('''nbs histogan settings.ini setup.py _quarto.yml tests README.md
     pyproject.toml MANIFEST.in LICENSE CITATION.cff .github .ci .gitignore .gitattributes'''.split())
 GENERATED = {'__init__', '_modidx'}
-NUMBER = {p.stem[3:]: p.stem[:2] for p in (ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')}  # module name -> number of its notebook
+NUMBER = {p.stem[3:]: p.stem for p in (ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')}  # module name -> its notebook; within a number the alphabet counts
 
 def nbdev(command, tree):
     "Run an nbdev command of the Python API in a copy of the tree."
