@@ -44,7 +44,11 @@ def _exp(x):  # any shape; below -16 as -16
 # %% ../nbs/04_phantom.ipynb #73ad4672
 def _turn(t):  # radians, any shape
     "Cosine and sine to ten digits, with sums and products in a fixed order."
-    whole = np.rint(t/(2*math.pi)) if isinstance(t, np.ndarray) else round(t/(2*math.pi))
+    whole = (
+        np.rint(t / (2 * math.pi))
+        if isinstance(t, np.ndarray)
+        else round(t / (2 * math.pi))
+    )
     y = (t - 2*math.pi*whole)*.125  # at most pi/8
     q = y*y
     s = y*(1 - q/6*(1 - q/20*(1 - q/42*(1 - q/72))))
@@ -67,7 +71,8 @@ def _angle(y, x):  # two arrays
     return np.where(y < 0, -t, t)
 
 # %% ../nbs/04_phantom.ipynb #a7d81628
-FIELD = 112.  # µm, width and height of the field of view: 224 px × 0.5 µm, NCT-CRC-HE-100K
+# µm, width and height of the field of view: 224 px × 0.5 µm, NCT-CRC-HE-100K
+FIELD = 112.
 
 # %% ../nbs/04_phantom.ipynb #bc514f79
 @lru_cache(16)
@@ -267,10 +272,13 @@ def splat(
 ) -> np.ndarray:  # (size, size) float32: largest value at each pixel
     "Ellipses on the field, antialiased, with the same total at every size."
     out, s = np.zeros(size*size, np.float32), size/FIELD
-    each = [np.broadcast_to(np.asarray(q, np.float32), len(p)) for q in (a, b, t, value)]
+    each = [
+        np.broadcast_to(np.asarray(q, np.float32), len(p)) for q in (a, b, t, value)
+    ]
     far = np.abs(p - FIELD/2) - 2*np.maximum(each[0], each[1])[:, None]
     on = (each[3] > 0) & (far < FIELD/2).all(1)
-    if on.any(): _lay(out, size, p[on]*s, [q[on][:, None, None] for q in each], hollow, soft)
+    if on.any():
+        _lay(out, size, p[on] * s, [q[on][:, None, None] for q in each], hollow, soft)
     return out.reshape(size, size)
 
 def _lay(out, size, p, each, hollow, soft):
