@@ -27,6 +27,7 @@ def changed(before, after):
 def imported(module):
     "Modules of this package that a module imports, anywhere in it."
     for node in ast.walk(ast.parse((ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from (a.name[9:] for a in node.names if a.name.startswith('histogan.'))
         if not isinstance(node, ast.ImportFrom): continue
         name = '.' * node.level + (node.module or '')
         found = re.fullmatch(r'(?:\.|histogan\.)(\w+)', name)
@@ -51,9 +52,150 @@ def test_notebooks_are_clean(tree):
     nbdev(('clean', 'nbdev_clean'), tree)
     assert changed(contents(ROOT/'nbs', '*.ipynb'), contents(tree/'nbs', '*.ipynb')) == []
 
+# who knows whom
+
+MODELS = {'generator', 'discriminator', 'encoder'}
+KNOW_NO_MODEL = {'losses', 'augment', 'guards'}  # the objective and its guards
+
+def module_graph():
+    "Module -> the modules of this package that it imports, in the order of the notebooks."
+    return {m: sorted(set(imported(m)), key=NUMBER.get) for m in sorted(NUMBER, key=NUMBER.get)}
+
+def drawn(graph):
+    "The graph as text: one line for each room, what it imports by number."
+    chapter, lines = '', []
+    for module, others in graph.items():
+        if (number := NUMBER[module])[0] != chapter: lines.append(f'chapter {(chapter := number[0])}')
+        lines.append(f'  {number} {module:<14} <- ' + (' '.join(f'{NUMBER[o]}_{o}' for o in others) or 'nothing'))
+    return '\n'.join(lines)
+
+def test_the_module_graph_has_no_arrow_up():
+    "No import of a later chapter, nor of a later number; `pytest -s` prints the graph."
+    graph = module_graph()
+    print('\n' + drawn(graph))
+    assert set(graph) == set(NUMBER) and graph['core'] == []
+    up = [f'{NUMBER[m]}_{m} -> {NUMBER[o]}_{o}' for m, others in graph.items() for o in others if NUMBER[o] >= NUMBER[m]]
+    assert not up, '\n'.join([*up, drawn(graph)])
+
+@pytest.mark.parametrize('module', sorted(KNOW_NO_MODEL))
+def test_the_objective_and_its_guards_know_no_model(module):
+    "Neither by themselves nor through what they import."
+    graph, known = module_graph(), set()
+    todo = [module]
+    while todo:
+        new = set(graph[todo.pop()]) - known
+        known |= new
+        todo += new
+    assert not known & MODELS, f'{module} reaches {sorted(known & MODELS)}'
+
+def test_the_graph_finds_an_arrow_up(tmp_path, monkeypatch):
+    "The test above can fail: every way to import is seen."
+    ways = ['from .train import train', 'from histogan.train import train', 'import histogan.train', 'from . import train', 'def f():\n    from .train import train']
+    (tmp_path/'histogan').mkdir()
+    monkeypatch.setattr('test_tree.ROOT', tmp_path)
+    for way in ways:
+        (tmp_path/'histogan'/'core.py').write_text(way)
+        assert list(imported('core')) == ['train'], way
+
+# what a step may do
+
+FILE_WORDS = {'open', 'Path', 'json', 'csv', 'os', 'shutil', 'tempfile', 'pathlib', 'io', 'write_file', 'write_json', 'read_json', 'write_table', 'read_table', 'print', 'tqdm'}
+
+def names_used(source):
+    "Names that a module imports or uses, and attributes that write files."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name): yield node.id
+        if isinstance(node, (ast.Import, ast.ImportFrom)): yield from (a.name.split('.')[0] for a in node.names)
+        if isinstance(node, ast.Attribute) and node.attr in ('write_text', 'write_bytes', 'read_text', 'read_bytes', 'to_csv', 'save', 'load'): yield f'.{node.attr}'
+
+def test_a_step_touches_no_files():
+    source = (ROOT/'histogan'/'step.py').read_text(encoding='utf-8')
+    found = {n for n in names_used(source) if n in FILE_WORDS or n[0] == '.'}
+    assert not found, f'step uses {sorted(found)}'
+    assert {n for n in names_used('import json\nopen(p)\ntorch.save(x)') if n in FILE_WORDS or n[0] == '.'} == {'json', 'open', '.save'}
+
+# no room too large
+
+LONGEST_MODULE, MOST_NAMES = 600, 40
+STILL_LONG, STILL_MANY = {}, {}  # module -> lines, names, while its owner is at work
+
 @pytest.mark.parametrize('module', sorted(NUMBER, key=NUMBER.get))
-def test_a_module_imports_earlier_notebooks_only(module):
-    "The objective and its guards know no model (chapters 1 and 2)."
-    for other in imported(module):
-        assert NUMBER[other] < NUMBER[module], f'{module} imports {other}, which comes later'
-        assert not ((NUMBER[module][0] == '3' or module == 'guards') and NUMBER[other][0] in '12'), f'{module} imports the model {other}'
+def test_a_module_can_be_read_in_one_sitting(module):
+    text = (ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8')
+    public = next((ast.literal_eval(n.value) for n in ast.parse(text).body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__'), [])
+    assert text.count('\n') <= STILL_LONG.get(module, LONGEST_MODULE), f'{module} has {text.count(chr(10))} lines'
+    assert len(public) <= STILL_MANY.get(module, MOST_NAMES), f'{module} has {len(public)} public names'
+
+# one of everything
+
+ONCE = re.compile(r'os\.replace|fsync|sha256\(|read_csv|lockf|flock|os\._exit|to_csv|msvcrt')
+BESIDES = {  # module -> what it may name, and why
+    'core': ('os.replace', 'fsync', 'sha256(', 'read_csv', 'lockf', 'os._exit', 'to_csv', 'msvcrt'),
+}
+
+def named_once(text):
+    "What of the things that exist once a module names, comments and docstrings aside."
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node): node.body[0].value.value = ''
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') in ('__all__', 'OLD_NAMES'): node.value = ast.Constant(None)
+    return sorted(set(ONCE.findall(ast.unparse(tree))))
+
+@pytest.mark.parametrize('module', sorted(NUMBER, key=NUMBER.get))
+def test_there_is_one_of_everything(module):
+    "One writer, one lock, one hash, one table reader, one end of a process: all in core."
+    found = named_once((ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8'))
+    allowed = BESIDES.get(module, ())
+    assert set(found) <= set(allowed), f'{module} has its own {", ".join(sorted(set(found) - set(allowed)))}; core has one'
+
+def test_a_second_of_everything_is_found():
+    assert named_once('"""os.replace"""\nimport os\nos.replace(a, b)  # fsync\nh = hashlib.sha256(x)') == ['os.replace', 'sha256(']
+
+def six_lines(text, n=6):
+    "Every run of n lines of code, without comments, blank lines and what differs in layout only."
+    lines = [' '.join(l.split('  #')[0].split()) for l in text.splitlines()]
+    lines = [l for l in lines if len(l) > 3 and not l.startswith(('#', '"', 'import ', 'from '))]
+    return {'\n'.join(lines[i:i + n]) for i in range(len(lines) - n + 1)}
+
+def test_no_six_lines_stand_twice():
+    seen, twice = {}, []
+    for module in NUMBER:
+        for block in six_lines((ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8')):
+            if block in seen: twice.append(f'{seen[block]} and {module}:\n{block}')
+            seen[block] = module
+    assert not twice, '\n\n'.join(twice)
+    assert six_lines('a = 11\n' * 6) and not six_lines('a = 11\n' * 5)
+
+# any system
+
+SYSTEM = re.compile(r'^\s*import (fcntl|resource|pwd|grp|termios)|os\.(fork|geteuid|getpgid|killpg|sync|nice|uname)\b|signal\.(SIGKILL|SIGALRM|SIGHUP|SIGUSR\d)|[\'"]/(dev|proc|tmp)/', re.M)
+
+@pytest.mark.parametrize('module', sorted(NUMBER, key=NUMBER.get))
+def test_no_module_needs_one_system(module):
+    "Modules of POSIX alone are imported in a `try`, calls of it stand behind a test that they exist."
+    text = (ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8')
+    assert not (found := SYSTEM.search(text)), f'{module}: {found[0]}'
+
+PROGRAMS = sorted(re.findall(r'=(histogan\.\w+):main', (ROOT/'settings.ini').read_text(encoding='utf-8')))
+NO_POSIX = '''
+import os, runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules.pop(name, None)
+sys.meta_path.insert(0, Missing())
+for name in ('getloadavg', 'geteuid', 'sched_getaffinity'):
+    if hasattr(os, name): delattr(os, name)
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name='__main__')
+'''
+
+@pytest.mark.parametrize('module', PROGRAMS)
+def test_help_without_posix(module):
+    "As on Windows: the modules of POSIX are not there."
+    run = run_python(['-c', NO_POSIX, module, '--help'])
+    assert run.rc == 0 and '--' in run.out, run.err[-600:]
+
+def test_help_without_posix_can_fail():
+    run = run_python(['-c', NO_POSIX.replace('runpy.run_module(module', 'import fcntl; (module')])
+    assert run.rc == 1 and "No module named 'fcntl'" in run.err
