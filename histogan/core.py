@@ -78,16 +78,19 @@ def fix_for(
     return FIXES.get(errno.errorcode.get(e.errno), 'choose another place')
 
 # %% ../nbs/00_core.ipynb #c0re0026
-_REFUSED = {getattr(errno, n, -1) for n in 'EINVAL ENOTSUP EOPNOTSUPP ENOSYS'.split()}
-
 def sync_file(
     f,  # open for writing
 ):
     "Wait until the bytes are on the disk, where the file system can."
     f.flush()
-    try: os.fsync(f.fileno())
+    _fsync(f.fileno())
+
+def _fsync(handle, *also):
+    "As `os.fsync`; what is refused need not be done."
+    try: os.fsync(handle)
     except OSError as e:
-        if e.errno not in _REFUSED: raise
+        refused = 'EINVAL', 'ENOTSUP', 'EOPNOTSUPP', 'ENOSYS', *also
+        if errno.errorcode.get(e.errno) not in refused: raise
 
 # %% ../nbs/00_core.ipynb #c0re0027
 def sync_folder(
@@ -96,9 +99,7 @@ def sync_folder(
     "Make a rename durable, where the file system can."
     try: handle = os.open(folder, os.O_RDONLY)
     except PermissionError: return  # Windows opens no folders
-    try: os.fsync(handle)
-    except OSError as e:
-        if e.errno not in _REFUSED | {errno.EBADF, errno.EACCES, errno.EPERM}: raise
+    try: _fsync(handle, 'EBADF', 'EACCES', 'EPERM')
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #c0re0028
@@ -128,7 +129,7 @@ def write_file(
     try:
         with open(temp, 'wb') as f:
             if callable(content): content(f)
-            else: f.write(_bytes(content, path))
+            else: f.write(content.encode() if isinstance(content, str) else content)
             sync_file(f)
         _rename(temp, path)
         sync_folder(path.parent)
@@ -138,16 +139,11 @@ def write_file(
     return path
 
 # %% ../nbs/00_core.ipynb #c0re0030
-def _bytes(content, path):
-    "Text as UTF-8."
-    try: return content.encode() if isinstance(content, str) else content
-    except UnicodeEncodeError as e:
-        odd = content[e.start:e.end]
-        told = f'{odd!r} comes from a name that is not UTF-8; rename it'
-        raise InputError(f'{path}: {told}') from None
-
 def _named_fault(e, path):
-    "The error as it is, or, where the disk was to blame, one line."
+    "The error as it is, or, where the disk or a name was to blame, one line."
+    if isinstance(e, UnicodeEncodeError):
+        odd = e.object[e.start:e.end]
+        return InputError(f'{path}: {odd!r} comes from a name that is not UTF-8; rename it')
     if isinstance(e, InputError) or not isinstance(e, Exception): return e
     if (cause := disk_error(e)) is None: return e
     why = cause.strerror or cause
@@ -242,16 +238,13 @@ def _read_text(path, only):
 # %% ../nbs/00_core.ipynb #c0re0038
 def _floats(column, path):
     "A column as numbers; empty is nan."
-    import numpy as np
-    text = column.to_numpy(object)
-    try: return np.array([s or 'nan' for s in text], object).astype(float)
-    except ValueError: line = next(i for i, s in enumerate(text) if not _is_number(s))
-    raise InputError(f'{path}: line {line + 2} has {text[line]!r} in the column '
-                     f'{column.name}, which holds numbers; fix it')
-
-def _is_number(s):
-    try: return bool(not s or float(s) or True)
-    except ValueError: return False
+    out = []
+    for line, s in enumerate(column, 2):
+        try: out.append(float(s or 'nan'))
+        except ValueError: break
+    else: return out
+    raise InputError(f'{path}: line {line} has {s!r} in the column {column.name}, '
+                     'which holds numbers; fix it')
 
 # %% ../nbs/00_core.ipynb #c0re0071
 def hasher():  # has `update(bytes)` and `hexdigest()`
@@ -454,14 +447,10 @@ def _read_note(note):
 # %% ../nbs/00_core.ipynb #c0re0091
 _COMMAND = contextvars.ContextVar('exit code after a second Ctrl-C', default=None)
 
-@contextlib.contextmanager
-def _command_line(argv):
-    "While a program runs as a command: `python -m …`, without arguments from Python."
+def _is_command(argv):
+    "Is this `python -m …`, with no arguments from Python and no kernel around it?"
     shell = sys.modules.get('IPython')
-    mine = argv is None and (shell is None or shell.get_ipython() is None)
-    token = _COMMAND.set(130 if mine else None)
-    try: yield
-    finally: _COMMAND.reset(token)
+    return argv is None and (shell is None or shell.get_ipython() is None)
 
 # %% ../nbs/00_core.ipynb #c0re0092
 @contextlib.contextmanager
@@ -532,9 +521,9 @@ def run_program(
     known=lambda e: None,
 ) -> int:  # 0 done, 2 bad input or full disk, 130 interrupted, or as `Stopped` says
     "Run a program; whatever a user can put right is one line."
+    token = _COMMAND.set(130 if _is_command(argv) else None)
     try:
-        arguments = sys.argv[1:] if argv is None else list(argv)
-        with _command_line(argv): code = main_body(arguments)
+        code = main_body(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
         return code or 0
     except (Exception, KeyboardInterrupt) as e:
@@ -542,6 +531,7 @@ def run_program(
         if ending is None: raise
         code, words = ending
         return say(code, words, where) if words else code
+    finally: _COMMAND.reset(token)
 
 # %% ../nbs/00_core.ipynb #c0re0102
 _DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE'.split()  # the machine's faults
@@ -570,32 +560,20 @@ def _reader_gone() -> bool:
     return True
 
 # %% ../nbs/00_core.ipynb #c0re0111
-def _same(module, names): return {n: f'{module}.{n}' for n in names.split()}
-
-OLD_NAMES = {  # module -> its old names, and where they are now; to go with version 0.3
+# module -> its old names, and where they are now; '*': all the public names of these
+# modules are old names too. To go with version 0.3
+OLD_NAMES = {
     'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
                        disk_error='core.disk_error'),
     'data': dict(families='splits.linked_groups', STORE='prepared.PREPARED',
-                 STORE_FORMAT='prepared.PREPARED_FORMAT', _store_card='prepared.prepared_card',
-                 _check_split='manifest.check_split', _named='manifest.named',
-                 _file_hash='core.file_digest', _pixel_hash='images.pixel_hash',
-                 _thumbnail='images.thumbnail'),
-    'train': dict(Stopped='core.Stopped', say='core.say',
-                  catch_signals='core.interruption',
-                  pick_amp='config.pick_amp', see='step.encode_batch',
-                  Seen='step.EncodedBatch', together='step.whole_batch',
-                  descend='step.optimizer_step', kept_features='train.cached_features',
-                  open_judge='train.open_choice', **_same('log', '''grid_image tick
-                  record_events mark_events'''), **_same('step', '''MODULES GUARDS NUMBERS
-                  RECIPE_COLUMNS TERM_NAMES COLUMNS reseed drawn wants_encoder wants_vector
-                  known_vectors draw_fakes autocast Terms d_step r1_of accuracy g_step g_terms
-                  weights_of_g distances pixel_stats after_d after_g set_lr prepare_batch
-                  row_of''')),
-    'prepare': dict(versions='core.versions', look='prepare.process_file',
-                    **_same('audit', 'mean_colours stored_patches')),
-    'downstream': dict(versions='core.versions'),
-    'report': dict(versions='core.versions', read_csv='core.read_table',
-                   read_json='core.read_json'),
+                 STORE_FORMAT='prepared.PREPARED_FORMAT'),
+    'train': {'catch_signals': 'core.interruption', 'see': 'step.encode_batch',
+              'Seen': 'step.EncodedBatch', 'together': 'step.whole_batch',
+              'descend': 'step.optimizer_step', 'kept_features': 'train.cached_features',
+              'open_judge': 'train.open_choice', '*': ('core', 'config', 'step', 'log')},
+    'prepare': {'look': 'prepare.process_file', '*': ('core', 'audit')},
+    'downstream': {'*': ('core',)},
+    'report': {'read_csv': 'core.read_table', '*': ('core',)},
 }
 
 # %% ../nbs/00_core.ipynb #c0re0112
@@ -603,14 +581,16 @@ def moved(
     module: str,  # that had the old names
 ):  # its `__getattr__`
     "Old names of a module, each with one warning."
-    said = set()
+    table, said = OLD_NAMES.get(module, {}), set()
+    home_of = lambda name: importlib.import_module(f'histogan.{name}')
     def find(name):
-        new = OLD_NAMES.get(module, {}).get(name)
+        new = table.get(name) or next((f'{home}.{name}' for home in table.get('*', ())
+                                       if name in home_of(home).__all__), None)
         if not new: raise AttributeError(f'module {module!r} has no attribute {name!r}')
         if name not in said:
             told = f'{module}.{name} is now {new}'
             warnings.warn(told, DeprecationWarning, stacklevel=2)
             said.add(name)
         home, _, own = new.rpartition('.')
-        return getattr(importlib.import_module(f'histogan.{home}'), own)
+        return getattr(home_of(home), own)
     return find

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from .config import load_config
-from .core import InputError, read_table, write_file
+from .core import InputError, read_table, sync_file, write_file
 from .data import to_uint8
 from .dist import world
 from .encoder import why_no_encoder
@@ -65,9 +65,7 @@ def event(self: RunLog,
 @patch
 def flush(self: RunLog):
     "All files to the disk."
-    for f in self.files:
-        f.flush()
-        os.fsync(f.fileno())
+    for f in self.files: sync_file(f)
     if self.board: self.board.flush()
 
 @patch

@@ -117,7 +117,9 @@ def test_a_step_touches_no_files():
 # no room too large
 
 LONGEST_MODULE, MOST_NAMES = 600, 40
-STILL_LONG, STILL_MANY = {}, {}  # module -> lines, names, while its owner is at work
+# module -> lines, names: to become smaller
+STILL_LONG = dict(report=808, phantom=783, generator=608)
+STILL_MANY = dict(step=41)
 
 @pytest.mark.parametrize('module', sorted(NUMBER, key=NUMBER.get))
 def test_a_module_can_be_read_in_one_sitting(module):
@@ -130,6 +132,7 @@ def test_a_module_can_be_read_in_one_sitting(module):
 
 ONCE = re.compile(r'os\.replace|fsync|sha256\(|read_csv|lockf|flock|os\._exit|to_csv|msvcrt')
 BESIDES = {  # module -> what it may name, and why
+    'ablate': ('to_csv',),  # four digits: a table to read
     'core': ('os.replace', 'fsync', 'sha256(', 'read_csv', 'lockf', 'os._exit', 'to_csv', 'msvcrt'),
 }
 
@@ -197,5 +200,5 @@ def test_help_without_posix(module):
     assert run.rc == 0 and '--' in run.out, run.err[-600:]
 
 def test_help_without_posix_can_fail():
-    run = run_python(['-c', NO_POSIX.replace('runpy.run_module(module', 'import fcntl; (module')])
+    run = run_python(['-c', NO_POSIX.split('module, *sys.argv')[0] + 'import fcntl'])
     assert run.rc == 1 and "No module named 'fcntl'" in run.err
