@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
+from .chunks import square
 from .core import InputError, read_table, run_program, write_json
 from .data import SPLITS, _in_threads, load_prepared, read_all
 from .images import read_rgb, resize
 from .page import figure, page, section, table, text, write_page
-from .prepare import _square, parse
+from .prepare import parse
 
 # %% ../nbs/09_audit.ipynb #584851b9
 TREES = 200  # of the ensemble; decided
@@ -79,7 +80,7 @@ def _sample(df, n=AUDIT_PER_CLASS) -> pd.DataFrame:
 # %% ../nbs/09_audit.ipynb #5cb6027c
 def _source(path) -> np.ndarray | None:  # (S, S, 3), None when it is gone
     "The square of a source file, if it is still there."
-    try: return _square(read_rgb(path))
+    try: return square(read_rgb(path))
     except InputError: return None
 
 # %% ../nbs/09_audit.ipynb #7422cc36

@@ -13,6 +13,7 @@ from conftest import ROOT, Run, run_cli
 from histogan.core import lock, read_table
 from histogan.data import HistoDataset, InputError, PreparedImages, is_prepared, load_prepared, read_rgb, scan, verify_prepared
 from histogan.phantom import make_phantom, render
+from histogan.quality import quality_metrics
 
 SMALL = ('--image-size', '48', '--workers', '2')
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'NO_COLOR': '1'}
@@ -212,7 +213,7 @@ def test_thresholds_that_empty_a_class_cost_no_second_reading(patches, tmp_path,
     run = lambda: P.main([str(patches), '--out', str(tmp_path/'s'), '--stain.method', 'none', '--image-size', '32', '--workers', '1', '--quality.thresholds', str(tmp_path/'t.json')])
     refused(Run(run(), *capsys.readouterr()), 'class TUM would lose all its 90 patches', 't.json')
     done = {p: p.stat().st_mtime_ns for p in (tmp_path/'s').glob('.part/done/*')}; assert len(done) == 13
-    limits['TUM'].update(min_lap_var=float(sorted(pd.DataFrame([P.quality_metrics(read_rgb(p)).lap_var for p in scan(patches).query('label=="TUM"').path])[0])[9])); (tmp_path/'t.json').write_text(json.dumps(limits))
+    limits['TUM'].update(min_lap_var=float(sorted(pd.DataFrame([quality_metrics(read_rgb(p)).lap_var for p in scan(patches).query('label=="TUM"').path])[0])[9])); (tmp_path/'t.json').write_text(json.dumps(limits))
     begun = P.do_chunk; P.do_chunk = None  # nothing is read again
     try: assert run() == 0
     finally: P.do_chunk = begun
