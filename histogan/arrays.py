@@ -138,8 +138,10 @@ def _h5_pairs(root) -> list[tuple]:
         y = x.with_name(re.sub(r'_x(\.\w+)$', r'_y\1', x.name))
         if not y.exists(): raise InputError(f'{x}: its labels, {y.name}, are not beside it')
         words = re.split(r'[^a-z]+', x.stem.lower())
-        pairs.append((next((s for w, s in _PARTS if w in words), ''), (str(x), 'x'), (str(y), 'y')))
-    return pairs
+        split = next((s for w, s in _PARTS if w in words), '')
+        pairs.append((split, (str(x), 'x'), (str(y), 'y')))
+    order = ('train', 'val', 'test', '').index
+    return sorted(pairs, key=lambda p: order(p[0]))
 
 def _sisters(x) -> list[Path]:
     "The files of the other splits beside a training file."

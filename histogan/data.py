@@ -359,7 +359,8 @@ def _started(cfg: DataConfig, progress, cache_dir, rank):  # -> manifest with sp
         df = load_manifest(table)
         return df, _cached(_cache_file(cfg, df, _stamps(df), cache_dir))
     if progress: print(classes_line(df, cfg.manifest or cfg.root), flush=True)
-    seen = inspect(_with_mpp(df, cfg), cfg.image_size, cfg.cache_mb, progress=progress)
+    seen = inspect(df, cfg.image_size, cfg.cache_mb, progress=progress)
+    seen = seen._replace(df=_with_mpp(seen.df, cfg))
     policy = 'manual_csv' if cfg.policy == 'from_one_root' and 'split' in df else cfg.policy
     df = split(df, policy, cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen)
     if seen.images is None: warn_line(f'{len(df)} patches of {cfg.image_size} px need more than --data.cache-mb {cfg.cache_mb:g}; every epoch decodes its files again (histogan.prepare does it once)')
