@@ -7,7 +7,7 @@ __all__ = ['rank', 'world', 'local_rank', 'processes', 'forked', 'shard', 'gathe
            'any_rank', 'lost_peer', 'elsewhere', 'local_rows', 'gather_batch', 'average', 'from_first']
 
 # %% ../nbs/43_dist.ipynb #2a290640
-import contextlib, datetime, multiprocessing, os, pickle, socket, time, uuid
+import contextlib, datetime, multiprocessing, os, pickle, time, uuid
 from .core import InputError, Stopped
 
 # %% ../nbs/43_dist.ipynb #663d2693
@@ -133,8 +133,8 @@ def forked(
     limit: float = 600,  # s; decided
 ) -> list:  # what f returned, by rank; RuntimeError when one failed
     "Call `f` in `n` forked processes that see each other as under `torchrun`."
-    port = _free_port()
-    started = [_fork(f, k, n, port) for k in range(n)]
+    store = _meeting_point()
+    started = [_fork(f, k, n, store.port) for k in range(n)]
     try: return [_result(here, limit) for _, here in started]
     except EOFError: pass
     finally:
@@ -144,17 +144,18 @@ def forked(
     raise RuntimeError('a process failed; its traceback is above')
 
 # %% ../nbs/43_dist.ipynb #0ee0d286
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+def _meeting_point():
+    "A store that listens already, so that nobody else can take its port."
+    from torch.distributed import TCPStore
+    return TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
 
 def _fork(f, k, n, port):
     "Start process k of n."
     fork = multiprocessing.get_context('fork')
     here, there = fork.Pipe(False)
     env = dict(RANK=k, LOCAL_RANK=k, WORLD_SIZE=n, MASTER_PORT=port)
-    env = {a: str(b) for a, b in env.items()} | dict(MASTER_ADDR='127.0.0.1')
+    env = {a: str(b) for a, b in env.items()}
+    env |= dict(MASTER_ADDR='127.0.0.1', TORCHELASTIC_USE_AGENT_STORE='True')
     p = fork.Process(target=_work, args=(f, env, there))
     p.start()
     there.close()
