@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'Row', 'Job', 'square', 'reduced', 'process_file', 'record_path', 'do_chunk']
 
-# %% ../nbs/07_chunks.ipynb #431f1dcb
+# %% ../nbs/07_chunks.ipynb #3b939aa1
 import os, warnings
 from typing import NamedTuple
 import numpy as np
@@ -51,7 +51,7 @@ def square(
     top, left = (h - s) // 2, (w - s) // 2
     return img[top:top + s, left:left + s]
 
-# %% ../nbs/07_chunks.ipynb #6b2811d2
+# %% ../nbs/07_chunks.ipynb #6f1638c5
 def reduced(
     x: np.ndarray,  # (S, S, 3) uint8
     size: int,  # px
@@ -107,7 +107,7 @@ def record_path(
     "Where the record of a chunk lies."
     return os.path.join(part, 'done', f'{k:06d}.npz')
 
-# %% ../nbs/07_chunks.ipynb #be2bbca0
+# %% ../nbs/07_chunks.ipynb #2ad107bb
 def do_chunk(
     job: Job,  # what to do
     k: int,  # number of the chunk
