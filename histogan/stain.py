@@ -306,7 +306,7 @@ def _measure_stains(img, method, cfg) -> Measured:
     matrix = _ordered(_STAINS[method](od, light.tissue, cfg))
     c = amounts(od, matrix, cfg.lambda2)
     seen = (od, c) if light.clear.all() else (od[:, light.clear], c[:, light.clear])
-    scale = np.percentile(seen[1], cfg.percentile, axis=1)
+    scale = np.percentile(seen[1], cfg.percentile, axis=1).astype(np.float64)
     if _exchanged(matrix, scale, *seen):
         matrix, scale, c = (v[::-1].copy() for v in (matrix, scale, c))
     bad = scale.min() < cfg.min_stain or (matrix[0] * matrix[1]).sum() > .9995
