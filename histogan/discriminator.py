@@ -41,18 +41,29 @@ class DiscriminatorConfig:
     counts: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.img_res < 8 or self.img_res & (self.img_res - 1): raise ValueError(f'img_res must be a power of two ≥ 8, not {self.img_res}')
+        if self.img_res < 8 or self.img_res & (self.img_res - 1):
+            raise ValueError(f'img_res must be a power of two ≥ 8, not {self.img_res}')
         for name in ('num_classes', 'd_base_ch', 'head_in', 'head_ch', 'head_px'):
-            if getattr(self, name) < 1: raise ValueError(f'{name} must be ≥ 1, not {getattr(self, name)}')
-        if self.duet_dim < 0: raise ValueError(f'duet_dim must be ≥ 0, not {self.duet_dim}')
-        if any(c < 1 for c in self.heads): raise ValueError(f'heads must be channel counts ≥ 1, not {self.heads}')
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be ≥ 1, not {getattr(self, name)}')
+        if self.duet_dim < 0:
+            raise ValueError(f'duet_dim must be ≥ 0, not {self.duet_dim}')
+        if any(c < 1 for c in self.heads):
+            raise ValueError(f'heads must be channel counts ≥ 1, not {self.heads}')
         if not all(0 <= k < len(self.heads) for k in self.pair_maps):
             raise ValueError(f'pair_maps must be places in heads, not {self.pair_maps}')
         if self.sides and len(self.sides) != len(self.heads):
-            raise ValueError(f'sides needs {len(self.heads)} numbers, not {len(self.sides)}')
+            raise ValueError(
+                f'sides needs {len(self.heads)} numbers, not {len(self.sides)}'
+            )
         if self.counts and sum(self.counts) != len(self.heads):
-            raise ValueError(f'counts must add up to {len(self.heads)}, not {self.counts}')
-        if self.duet_dim and not self.pixel: raise ValueError('duet_dim needs pixel: the duet logit is added to the pixel logit')
+            raise ValueError(
+                f'counts must add up to {len(self.heads)}, not {self.counts}'
+            )
+        if self.duet_dim and not self.pixel:
+            raise ValueError(
+                'duet_dim needs pixel: the duet logit is added to the pixel logit'
+            )
 
 # %% ../nbs/20_discriminator.ipynb #ae7e2e1f
 def conv(
@@ -77,13 +88,16 @@ class Discriminator(nn.Module):
         chs = [3, *(cfg.d_base_ch * min(2 ** i, 8) for i in range(depth))]
         self.out_ch = chs[-1]
         self.convs = nn.ModuleList(conv(i, o, 3, 2, norm) for i, o in zip(chs, chs[1:]))
-        self.conv_last, self.to_logit = conv(self.out_ch, self.out_ch, 4, norm=norm), conv(self.out_ch, 1, 1, norm=norm)
+        self.conv_last, self.to_logit = conv(
+            self.out_ch, self.out_ch, 4, norm=norm
+        ), conv(self.out_ch, 1, 1, norm=norm)
 
     def forward(self,
         x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
     ) -> tuple[torch.Tensor, torch.Tensor]: # logit_base (N,), feat (N, out_ch)
         h = x.contiguous(memory_format=torch.channels_last)
-        for c in self.convs: h = F.leaky_relu(c(h), 0.2)  # (N, C_i, R/2^(i+1), R/2^(i+1))
+        # (N, C_i, R/2^(i+1), R/2^(i+1))
+        for c in self.convs: h = F.leaky_relu(c(h), 0.2)
         h = F.leaky_relu(self.conv_last(h), 0.2)  # (N, out_ch, 1, 1)
         return self.to_logit(h).flatten(), h.flatten(1)
 
@@ -106,14 +120,22 @@ class DOutput(NamedTuple):
 
     def split(self) -> tuple: # two `DOutput`
         "The two halves of a batch that was reals, then fakes."
-        def half(t, k): return None if t is None else t[k * (len(t) // 2):][:len(t) // 2]
-        def part(v, k): return tuple(half(t, k) for t in v) if type(v) is tuple else half(v, k)
+        def half(t, k):
+            return None if t is None else t[k * (len(t) // 2) :][: len(t) // 2]
+
+        def part(v, k):
+            return tuple(half(t, k) for t in v) if type(v) is tuple else half(v, k)
+
         return tuple(DOutput(*(part(v, k) for v in self)) for k in (0, 1))
 
     @property
     def r1_logit(self) -> torch.Tensor: # (N,)
         "What R1 may differentiate: no encoder in it."
-        if self.logit_base is None: raise ValueError('R1 acts on the pixel network, and this discriminator has none: set r1_gamma to 0')
+        if self.logit_base is None:
+            raise ValueError(
+                'R1 acts on the pixel network, and this discriminator has none: set '
+                'r1_gamma to 0'
+            )
         return self.logit_base + self.logit_proj
 
 # %% ../nbs/20_discriminator.ipynb #92f9d3fa
@@ -127,7 +149,9 @@ class PlaceLogits(nn.Module):
         c, norm = cfg.head_ch, cfg.spectral_norm
         steps = max(math.ceil(math.log2(side / 4)), 0)
         self.down = nn.ModuleList(conv(c, c, 3, 2, norm) for _ in range(steps))
-        self.to_logit, self.embed = conv(c, 1, 1, norm=norm), nn.Embedding(cfg.num_classes, c)
+        self.to_logit, self.embed = conv(c, 1, 1, norm=norm), nn.Embedding(
+            cfg.num_classes, c
+        )
 
     def forward(self,
         f: torch.Tensor, # (N, head_ch, side, side)
@@ -172,13 +196,19 @@ class MapHead(nn.Module):
     ):
         super().__init__()
         c, norm, self.head_px = cfg.head_ch, cfg.spectral_norm, cfg.head_px
-        mix = None if cfg.cross_scale else torch.randn(cfg.head_in, c_in, 1, 1) / math.sqrt(c_in)
+        mix = (
+            None
+            if cfg.cross_scale
+            else torch.randn(cfg.head_in, c_in, 1, 1) / math.sqrt(c_in)
+        )
         self.register_buffer('mix', mix)
         self.conv1 = conv(cfg.head_in, c, 3, norm=norm)
         self.conv2 = conv(c, c, 3, norm=norm)
         self.to_logit = conv(c, 1, 1, norm=norm)
         self.embed = nn.Embedding(cfg.num_classes, c)
-        self.places = PlaceLogits(cfg, -(-side // self.stride(side))) if cfg.places else None
+        self.places = (
+            PlaceLogits(cfg, -(-side // self.stride(side))) if cfg.places else None
+        )
 
     def stride(self,
         side: int, # of the map; px
@@ -192,7 +222,9 @@ class MapHead(nn.Module):
     ) -> tuple: # texture logit (N,); with `places` also (N, P)
         f = m if self.mix is None else F.conv2d(m, self.mix)
         stride = self.stride(m.shape[-1])
-        f = F.leaky_relu(F.conv2d(f, self.conv1.weight, self.conv1.bias, stride, 1), 0.2)
+        f = F.leaky_relu(
+            F.conv2d(f, self.conv1.weight, self.conv1.bias, stride, 1), 0.2
+        )
         f = F.leaky_relu(self.conv2(f), 0.2)
         mean = f.mean((2, 3))  # (N, head_ch)
         fit = (F.normalize(self.embed(y), dim=1) * mean).sum(1)
@@ -246,17 +278,24 @@ class CombinedCondDiscriminator(nn.Module):
         encoder=None, # `encode(x) -> (vector, maps)`; not registered
     ):
         super().__init__()
-        if not (cfg.pixel or cfg.heads): raise ValueError('neither pixel nor heads: nothing is left that discriminates')
+        if not (cfg.pixel or cfg.heads):
+            raise ValueError(
+                'neither pixel nor heads: nothing is left that discriminates'
+            )
         self.cfg, self._encoder = cfg, (encoder,)
         self.base = Discriminator(cfg) if cfg.pixel else None
-        self.embed = nn.Embedding(cfg.num_classes, self.base.out_ch) if cfg.pixel else None
+        self.embed = (
+            nn.Embedding(cfg.num_classes, self.base.out_ch) if cfg.pixel else None
+        )
         self.duet = nn.Linear(cfg.duet_dim, 1) if cfg.duet_dim else None
         sides = cfg.sides or (0,) * len(cfg.heads)
-        if cfg.places and cfg.heads and not cfg.sides: raise ValueError('places needs sides')
+        if cfg.places and cfg.heads and not cfg.sides:
+            raise ValueError('places needs sides')
         self.heads = nn.ModuleList(MapHead(c, cfg, s) for c, s in zip(cfg.heads, sides))
         self.cross = nn.ModuleList()
         for n, end in zip(cfg.counts, accumulate(cfg.counts)):
-            if cfg.cross_scale: self.cross.append(CrossScale(cfg.heads[end - n:end], cfg.head_in))
+            if cfg.cross_scale:
+                self.cross.append(CrossScale(cfg.heads[end - n : end], cfg.head_in))
         widths = (3, *(cfg.heads[k] for k in cfg.pair_maps)) if cfg.pair else ()
         self.pairs = nn.ModuleList(PairHead(c, cfg) for c in widths)
 
@@ -267,10 +306,17 @@ class CombinedCondDiscriminator(nn.Module):
         encoded=None, # (vector, maps) of x, when already computed
         no_heads: bool = False, # leave the heads out, as R1 does
     ) -> DOutput:
-        use_heads, use_duet = bool(self.heads) and not no_heads, self.duet is not None and alpha != 0
+        use_heads, use_duet = (
+            bool(self.heads) and not no_heads,
+            self.duet is not None and alpha != 0,
+        )
         if encoded is None and (use_heads or use_duet): encoded = self.encode(x)
         maps = self.mixed(encoded[1]) if use_heads else ()
-        said = [h(m, y) for h, m in zip(self.heads, maps, strict=True)] if use_heads else []
+        said = (
+            [h(m, y) for h, m in zip(self.heads, maps, strict=True)]
+            if use_heads
+            else []
+        )
         heads = tuple(l for logits in said for l in logits)
         pairs = () if no_heads else self.judge_pairs(x, y, encoded)
         if self.base is None:
@@ -289,7 +335,11 @@ class CombinedCondDiscriminator(nn.Module):
         "Across scales, encoder by encoder, if the configuration says so."
         if not self.cross: return maps
         ends = list(accumulate(self.cfg.counts))
-        return [m for c, n, end in zip(self.cross, self.cfg.counts, ends) for m in c(maps[end - n:end])]
+        return [
+            m
+            for c, n, end in zip(self.cross, self.cfg.counts, ends)
+            for m in c(maps[end - n : end])
+        ]
 
     def judge_pairs(self,
         x: torch.Tensor, # (N, 3, R, R); images 2k and 2k + 1 of one class
@@ -308,7 +358,11 @@ class CombinedCondDiscriminator(nn.Module):
         x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
     ): # (vector, maps)
         "The encoder's view of x."
-        if self._encoder[0] is None: raise ValueError('a head or an open gate reads the encoder, and there is none: pass encoder or encoded')
+        if self._encoder[0] is None:
+            raise ValueError(
+                'a head or an open gate reads the encoder, and there is none: pass '
+                'encoder or encoded'
+            )
         return self._encoder[0].encode(x)
 
 # %% ../nbs/20_discriminator.ipynb #d0731109

@@ -38,7 +38,8 @@ def condition(
 
 # %% ../nbs/10_generator.ipynb #7c590fcb
 SLOPE = 0.2                         # LeakyReLU's negative slope; poc
-GAIN = sqrt(2 / (1 + SLOPE ** 2))   # γ: undoes what LeakyReLU takes; arXiv 1502.01852, eq. 15
+# γ: undoes what LeakyReLU takes; arXiv 1502.01852, eq. 15
+GAIN = sqrt(2 / (1 + SLOPE ** 2))
 
 # %% ../nbs/10_generator.ipynb #ceb799b0
 def linear(
@@ -160,8 +161,10 @@ def draw_noise(
 ):                      # list over blocks of (n, 1, r, r), standard normal
     "Noise maps for `n` images, drawn image by image."
     source = generator.device if generator is not None else device
-    flat = torch.randn(n, sum(r * r for r in sizes), generator=generator, device=source).to(device or 'cpu')
-    return [part.reshape(n, 1, r, r) for part, r in zip(flat.split([r * r for r in sizes], 1), sizes)]
+    areas = [r * r for r in sizes]
+    flat = torch.randn(n, sum(areas), generator=generator, device=source)
+    parts = flat.to(device or 'cpu').split(areas, 1)
+    return [part.reshape(n, 1, r, r) for part, r in zip(parts, sizes)]
 
 # %% ../nbs/10_generator.ipynb #fc8df309
 def noise_maps(
@@ -171,17 +174,21 @@ def noise_maps(
     device,     # where the maps go
 ):              # list over blocks of (n or 1, 1, r, r), or None for no noise
     "What the argument `noise` stands for."
-    if noise is None or isinstance(noise, torch.Generator): return draw_noise(n, sizes, noise, device)
+    if noise is None or isinstance(noise, torch.Generator):
+        return draw_noise(n, sizes, noise, device)
     if isinstance(noise, str) and noise == 'zero': return [None] * len(sizes)
-    if not isinstance(noise, (list, tuple)): raise ValueError(f"noise must be None, a torch.Generator, a list of maps or 'zero', not {noise!r}")
-    shapes = [tuple(m.shape) for m in noise]
-    fits = len(shapes) == len(sizes) and all(s in ((n, 1, r, r), (1, 1, r, r)) for s, r in zip(shapes, sizes))
-    if not fits: raise ValueError(f'noise needs maps of {[(n, 1, r, r) for r in sizes]}, not {shapes}')
+    if not isinstance(noise, (list, tuple)):
+        forms = "None, a torch.Generator, a list of maps or 'zero'"
+        raise ValueError(f'noise must be {forms}, not {noise!r}')
+    shapes, wanted = [tuple(m.shape) for m in noise], [(n, 1, r, r) for r in sizes]
+    fits = len(shapes) == len(sizes) and all(
+        s in (w, (1, *w[1:])) for s, w in zip(shapes, wanted))
+    if not fits: raise ValueError(f'noise needs maps of {wanted}, not {shapes}')
     return [m.to(device) for m in noise]
 
 # %% ../nbs/10_generator.ipynb #94365d92
 class Block(nn.Module):
-    "(N, in_ch, r/2, r/2) → (N, out_ch, r, r): two modulated convolutions, one upsampling, noise."
+    "(N, in_ch, r/2, r/2) → (N, out_ch, r, r): two convolutions, upsampling, noise."
     def __init__(
         self,
         in_ch,                  # input channels; ≥ 1
@@ -206,8 +213,10 @@ class Block(nn.Module):
         w,              # styles; (N, w_dim)
         noise=None,     # noise map; (N or 1, 1, r, r); None: none
     ):                  # (N, out_ch, r, r)
-        x = upsample2(self.conv1(x, w)) if self.conv_first else self.conv1(upsample2(x), w)
-        if noise is not None: x = torch.addcmul(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
+        if self.conv_first: x = upsample2(self.conv1(x, w))
+        else: x = self.conv1(upsample2(x), w)
+        if noise is not None:
+            x = torch.addcmul(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
         return F.leaky_relu(self.conv2(F.leaky_relu(x, SLOPE), w), SLOPE)
 
 # %% ../nbs/10_generator.ipynb #683252d2
@@ -253,7 +262,8 @@ class ClampInward(torch.autograd.Function):
         grad,       # gradient of the loss by the clamped image
     ):              # gradient by x; none for limit
         x, = ctx.saved_tensors
-        outward = (x.abs() > ctx.limit) & (x * grad < 0)        # descent moves against the gradient
+        # descent moves against the gradient
+        outward = (x.abs() > ctx.limit) & (x * grad < 0)
         return grad.masked_fill(outward, 0), None
 
 # %% ../nbs/10_generator.ipynb #bbddbdfb
@@ -267,7 +277,8 @@ def clamp_output(
     if mode == 'hard': return x.clamp(-limit, limit)
     if mode == 'soft': return limit * torch.tanh(x / limit)
     if mode == 'straight_through': return ClampInward.apply(x, limit)
-    raise ValueError(f"output_clamp must be 'hard', 'straight_through', 'soft' or 'none', not {mode!r}")
+    known = "'hard', 'straight_through', 'soft' or 'none'"
+    raise ValueError(f'output_clamp must be {known}, not {mode!r}')
 
 # %% ../nbs/10_generator.ipynb #5b79ca5c
 def require(
@@ -283,29 +294,41 @@ class GeneratorConfig:
     "Shape of the generator; the defaults are the preset `poc`."
     num_classes: int = 9  # num_classes: tissue classes; ≥ 1; poc
     img_res: int = 256  # IMAGE_SIZE: side of the image, px; power of 2, ≥ 8; poc
-    z_dim: int = 512  # Z_DIM: width of the latent and of the class embedding; ≥ 1; poc 512, modern 128
+    # Z_DIM: width of the latent and of the class embedding; ≥ 1; poc 512, modern 128
+    z_dim: int = 512
     w_dim: int = 512  # w_dim: width of the style; ≥ 1; poc 512, modern 128
     n_layers: int = 8  # n_layers: layers of the mapping network; ≥ 1; poc 8, modern 2
     fmap_base: int = 512  # FMAP_BASE: channels at 4 px and most anywhere; ≥ 1; poc
     fmap_min: int = 64  # fmap_min: fewest channels anywhere; 1 … fmap_base; decided
-    channels: tuple[int, ...] = ()  # channels at 4, 8, … img_res px; empty: clip(fmap_base * 16 // r, fmap_min, fmap_base); modern 96 64 48 24 16
-    cond: Literal['sum', 'concat'] = 'sum'  # how class and latent are joined; poc sum, modern concat
-    stem: Literal['const', 'linear'] = 'const'  # 4 px input: a learned constant (poc) or linear in zc (modern)
-    up: Literal['up_first', 'conv_first'] = 'up_first'  # upsample before (poc) or after (modern) a block's first convolution
-    to_rgb: Literal['last', 'skip'] = 'last'  # colours from the last block (poc) or summed over all blocks (modern)
-    noise_init: float = 0.0  # noise_weight: initial weight of each block's noise; ≥ 0; poc 0, modern 0.1
-    output_clamp: Literal['hard', 'straight_through', 'soft', 'none'] = 'hard'  # see clamp_output; poc hard, modern none
+    # channels at 4, 8, … img_res px; empty: clip(fmap_base * 16 // r, fmap_min,
+    # fmap_base); modern 96 64 48 24 16
+    channels: tuple[int, ...] = ()
+    # how class and latent are joined; poc sum, modern concat
+    cond: Literal['sum', 'concat'] = 'sum'
+    # 4 px input: a learned constant (poc) or linear in zc (modern)
+    stem: Literal['const', 'linear'] = 'const'
+    # upsample before (poc) or after (modern) a block's first convolution
+    up: Literal['up_first', 'conv_first'] = 'up_first'
+    # colours from the last block (poc) or summed over all blocks (modern)
+    to_rgb: Literal['last', 'skip'] = 'last'
+    # noise_weight: initial weight of each block's noise; ≥ 0; poc 0, modern 0.1
+    noise_init: float = 0.0
+    # see clamp_output; poc hard, modern none
+    output_clamp: Literal['hard', 'straight_through', 'soft', 'none'] = 'hard'
     clamp: float = 0.9  # output clamp: largest value of the image; > 0; poc
     use_style_mixing: bool = True  # USE_STYLE_MIXING: use z_mix when it is given; poc
-    style_mix_prob: float = 0.9  # STYLE_MIX_PROB: probability that an image is mixed; [0, 1]; poc
+    # STYLE_MIX_PROB: probability that an image is mixed; [0, 1]; poc
+    style_mix_prob: float = 0.9
     # learning-rate multiplier of an equalised mapping network; ≥ 0; 0: plain layers (poc)
     map_lr_mul: float = 0.0
-    noise: Literal['scalar', 'channel'] = 'scalar'  # noise weights: one per block (poc) or per channel
+    # noise weights: one per block (poc) or per channel
+    noise: Literal['scalar', 'channel'] = 'scalar'
     # what 3×3 convolutions see beyond the border; poc zeros
     padding: Literal['zeros', 'reflect', 'replicate'] = 'zeros'
 
     def __post_init__(self):
-        object.__setattr__(self, 'channels', tuple(self.channels))      # a list from JSON will do
+        # a list from JSON will do
+        object.__setattr__(self, 'channels', tuple(self.channels))
         check_generator(self)
 
     @property
@@ -316,7 +339,10 @@ class GeneratorConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         "Channels at 4 px and after each block."
-        return self.channels or tuple(min(max(self.fmap_base * 16 // r, self.fmap_min), self.fmap_base) for r in (4, *self.sizes))
+        def width(r):
+            return min(max(self.fmap_base * 16 // r, self.fmap_min), self.fmap_base)
+
+        return self.channels or tuple(width(r) for r in (4, *self.sizes))
 
 # %% ../nbs/10_generator.ipynb #bfedb0fa
 def check_generator(
@@ -325,19 +351,28 @@ def check_generator(
     "Raise `ValueError` at the first field out of range."
     for f in ('num_classes', 'z_dim', 'w_dim', 'n_layers', 'fmap_base', 'fmap_min'):
         require(getattr(cfg, f) >= 1, f'{f} must be at least 1, not {getattr(cfg, f)}')
-    r = cfg.img_res
-    require(r >= 8 and r & (r - 1) == 0, f'img_res must be a power of two, 8 or more, not {r}')
-    require(cfg.fmap_min <= cfg.fmap_base, f'fmap_min ({cfg.fmap_min}) must not exceed fmap_base ({cfg.fmap_base})')
-    n = len(cfg.sizes) + 1
-    require(len(cfg.channels) in (0, n), f'channels needs {n} numbers for {r} px, not {len(cfg.channels)}')
-    require(all(c >= 1 for c in cfg.channels), f'channels must be at least 1, not {cfg.channels}')
-    for f in ('cond', 'stem', 'up', 'to_rgb', 'output_clamp', 'noise', 'padding'):
-        choices = GeneratorConfig.__annotations__[f].__args__
-        require(getattr(cfg, f) in choices, f'{f} must be one of {", ".join(choices)}, not {getattr(cfg, f)!r}')
     for f in ('noise_init', 'map_lr_mul'):
         require(getattr(cfg, f) >= 0, f'{f} must be 0 or more, not {getattr(cfg, f)}')
+    for f in ('cond', 'stem', 'up', 'to_rgb', 'output_clamp', 'noise', 'padding'):
+        known, given = GeneratorConfig.__annotations__[f].__args__, getattr(cfg, f)
+        require(given in known, f'{f} must be one of {", ".join(known)}, not {given!r}')
     require(cfg.clamp > 0, f'clamp must be positive, not {cfg.clamp}')
-    require(0 <= cfg.style_mix_prob <= 1, f'style_mix_prob must lie in [0, 1], not {cfg.style_mix_prob}')
+    p = cfg.style_mix_prob
+    require(0 <= p <= 1, f'style_mix_prob must lie in [0, 1], not {p}')
+    _check_widths(cfg)
+
+# %% ../nbs/10_generator.ipynb #99b392eb
+def _check_widths(cfg):
+    "Resolution and channels fit each other."
+    r, n, low, high = cfg.img_res, len(cfg.sizes) + 1, cfg.fmap_min, cfg.fmap_base
+    power = r >= 8 and r & (r - 1) == 0
+    require(power, f'img_res must be a power of two, 8 or more, not {r}')
+    require(low <= high, f'fmap_min ({low}) must not exceed fmap_base ({high})')
+    given = cfg.channels
+    require(
+        len(given) in (0, n), f'channels needs {n} numbers for {r} px, not {len(given)}'
+    )
+    require(all(c >= 1 for c in given), f'channels must be at least 1, not {given}')
 
 # %% ../nbs/10_generator.ipynb #b22f5b01
 class Stem(nn.Module):
@@ -368,7 +403,9 @@ def rgb_layers(
 ):          # a 1×1 convolution after each block that paints
     "The layers that turn features into colours."
     ch, n = cfg.widths[1:], len(cfg.sizes)
-    if cfg.to_rgb == 'skip': return nn.ModuleList(ModulatedConv2d(c, 3, 1, cfg.w_dim, False, RGB_GAIN / sqrt(n)) for c in ch)
+    if cfg.to_rgb == 'skip':
+        how = 3, 1, cfg.w_dim, False, RGB_GAIN / sqrt(n)
+        return nn.ModuleList(ModulatedConv2d(c, *how) for c in ch)
     last = nn.Conv2d(ch[-1], 3, 1)
     nn.init.normal_(last.weight, std=RGB_GAIN / sqrt(ch[-1]))
     nn.init.zeros_(last.bias)
@@ -386,7 +423,8 @@ class Synthesis(nn.Module):
         self.cfg, ch = cfg, cfg.widths
         self.stem = Stem(zc_dim, ch[0], cfg.stem)
         how = cfg.up == 'conv_first', cfg.noise_init, cfg.noise, cfg.padding
-        self.blocks = nn.ModuleList(Block(a, b, cfg.w_dim, *how) for a, b in zip(ch, ch[1:]))
+        pairs = zip(ch, ch[1:])
+        self.blocks = nn.ModuleList(Block(a, b, cfg.w_dim, *how) for a, b in pairs)
         self.to_rgb = rgb_layers(cfg)
 
     def forward(
@@ -398,11 +436,11 @@ class Synthesis(nn.Module):
         maps = noise_maps(noise, len(zc), self.cfg.sizes, zc.device)
         x, image = self.stem(zc), None
         for i, block in enumerate(self.blocks):
-            x = block(x, ws[i], maps[i])                                    # (N, C, r, r)
+            x = block(x, ws[i], maps[i])  # (N, C, r, r)
             if self.cfg.to_rgb == 'skip':
-                rgb = self.to_rgb[i](x, ws[i])                              # (N, 3, r, r)
+                rgb = self.to_rgb[i](x, ws[i])  # (N, 3, r, r)
                 image = rgb if image is None else upsample2(image) + rgb
-        if self.cfg.to_rgb == 'last': image = self.to_rgb[0](x)             # (N, 3, R, R)
+        if self.cfg.to_rgb == 'last': image = self.to_rgb[0](x)  # (N, 3, R, R)
         image = image.to(torch.promote_types(image.dtype, torch.float32))
         return clamp_output(image, self.cfg.output_clamp, self.cfg.clamp)
 
@@ -415,17 +453,22 @@ class Styles(nn.Module):
     ):
         super().__init__()
         self.cfg, self.zc_dim = cfg, cfg.z_dim * (2 if cfg.cond == 'concat' else 1)
-        self.embed = nn.Embedding(cfg.num_classes, cfg.z_dim)               # N(0, 1), as z
-        self.mapping = MappingNetwork(self.zc_dim, cfg.w_dim, cfg.n_layers, cfg.map_lr_mul)
+        self.embed = nn.Embedding(cfg.num_classes, cfg.z_dim)  # N(0, 1), as z
+        shape = self.zc_dim, cfg.w_dim, cfg.n_layers
+        self.mapping = MappingNetwork(*shape, cfg.map_lr_mul)
 
     def forward(
         self,
         z,      # latent; (N, z_dim), standard normal
         y,      # class; (N,) int64 in 0 … num_classes - 1
     ):          # zc (N, zc_dim), w (N, w_dim)
-        n, k = self.cfg.z_dim, self.cfg.num_classes
-        if z.shape != (len(y), n): raise ValueError(f'z must be ({len(y)}, {n}) for {len(y)} labels, not {tuple(z.shape)}')
-        if y.device.type == 'cpu' and ((y < 0) | (y >= k)).any(): raise ValueError(f'labels must lie in 0 … {k - 1}, not {y.tolist()}')
+        k, want = self.cfg.num_classes, (len(y), self.cfg.z_dim)
+        if z.shape != want:
+            raise ValueError(
+                f'z must be {want} for {len(y)} labels, not {tuple(z.shape)}'
+            )
+        if y.device.type == 'cpu' and ((y < 0) | (y >= k)).any():
+            raise ValueError(f'labels must lie in 0 … {k - 1}, not {y.tolist()}')
         zc = condition(z, self.embed(y), self.cfg.cond)
         return zc, self.mapping(zc)
 
@@ -450,9 +493,14 @@ class Generator(nn.Module):
     ):                  # (N, 3, R, R) float32
         zc, w = self.styles(z, y)
         n = len(self.cfg.sizes)
-        if z_mix is None or not self.cfg.use_style_mixing: return self.synthesis(zc, w.expand(n, *w.shape), noise)
-        if crossover is None: crossover = draw_crossover(len(z), n, self.cfg.style_mix_prob, device=z.device)
-        return self.synthesis(zc, mix_styles(w, self.styles(z_mix, y)[1], crossover, n), noise)
+        if z_mix is None or not self.cfg.use_style_mixing:
+            return self.synthesis(zc, w.expand(n, *w.shape), noise)
+        if crossover is None:
+            crossover = draw_crossover(
+                len(z), n, self.cfg.style_mix_prob, device=z.device
+            )
+        ws = mix_styles(w, self.styles(z_mix, y)[1], crossover, n)
+        return self.synthesis(zc, ws, noise)
 
     def draw_z(
         self,
@@ -462,7 +510,8 @@ class Generator(nn.Module):
         "Latents on this generator's device."
         device = self.styles.embed.weight.device
         source = generator.device if generator is not None else device
-        return torch.randn(n, self.cfg.z_dim, generator=generator, device=source).to(device)
+        z = torch.randn(n, self.cfg.z_dim, generator=generator, device=source)
+        return z.to(device)
 
     def draw_noise(
         self,
