@@ -30,17 +30,29 @@ def open_array(
     key: str,  # name of the array in it
 ):  # memory-mapped array or HDF5 data set; read a row and no more is read
     "An array in a file, mapped."
-    try: return _open_h5(file, key) if not file.lower().endswith('.npz') else _open_npz(file, key)
+    try:
+        return (
+            _open_h5(file, key)
+            if not file.lower().endswith('.npz')
+            else _open_npz(file, key)
+        )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f'{file}: {key} cannot be read ({" ".join(str(e).split())[:80]}); download it again') from None
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f'{file}: {key} cannot be read ({" ".join(str(e).split())[:80]}); download '
+            f'it again'
+        ) from None
 
 def _open_h5(file, key):
     "A data set of an HDF5 file."
-    try: import h5py
-    except ImportError: raise InputError(f'{file}: HDF5 files need h5py; pip install h5py') from None
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f'{file}: HDF5 files need h5py; pip install h5py') from None
     f = h5py.File(file, 'r')
-    if key not in f: raise InputError(f'{file}: has no array {key} (found: {", ".join(f)})')
+    if key not in f:
+        raise InputError(f'{file}: has no array {key} (found: {", ".join(f)})')
     return f[key]
 
 # %% ../nbs/01_arrays.ipynb #6d29b66d
@@ -54,30 +66,40 @@ def array_keys(
             return [n.removesuffix('.npy') for n in z.namelist() if n.endswith('.npy')]
     except FileNotFoundError: raise InputError(f'{file}: no such file') from None
     except (OSError, zipfile.BadZipFile) as e:
-        raise InputError(f'{file}: is no readable file of arrays ({str(e)[:60]}); download it again') from None
+        raise InputError(f'{file}: is no readable file of arrays ({str(e)[:60]}); '
+                         f'download it again') from None
 
 def _h5_keys(file):
     "The arrays of an HDF5 file."
     try: import h5py
-    except ImportError: raise InputError(f'{file}: HDF5 files need h5py; pip install h5py') from None
+    except ImportError: raise InputError(f'{file}: HDF5 files need h5py; pip install '
+                                         f'h5py') from None
     with h5py.File(file, 'r') as f: return [k for k in f if hasattr(f[k], 'shape')]
 
 # %% ../nbs/01_arrays.ipynb #150d6dcd
 def _open_npz(file, key):
     "An array of a zip file: mapped where it lies, or unpacked once."
     with zipfile.ZipFile(file) as z:
-        try: info = z.getinfo(f'{key}.npy')
+        try:info = z.getinfo(f'{key}.npy')
         except KeyError: raise InputError(f'{file}: has no array {key}') from None
         with z.open(info) as f: shape, order, dtype, header = _npy_header(f)
-        if dtype.hasobject: raise InputError(f'{file}: {key} holds pickled objects, which are never loaded; save it as numbers')
-        if info.compress_type == zipfile.ZIP_STORED: at = _data_of(file, info) + header
-        else: file, at = _unpacked(file, z, info), header
+        if dtype.hasobject:
+            raise InputError(
+                f'{file}: {key} holds pickled objects, which are never loaded; save it '
+                f'as numbers'
+            )
+        if info.compress_type == zipfile.ZIP_STORED:
+            at = _data_of(file, info) + header
+        else:
+            file, at = _unpacked(file, z, info), header
     return np.memmap(file, dtype, 'r', at, shape, 'F' if order else 'C')
 
 def _npy_header(f):
     "Shape, order, type and length of the header of an `.npy` file."
     version = np.lib.format.read_magic(f)
-    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        version, np.lib.format.read_array_header_2_0
+    )
     return *read(f), f.tell()
 
 def _data_of(file, info) -> int:
@@ -93,13 +115,21 @@ def _unpacked(file, z, info) -> Path:
     owner = os.getuid() if hasattr(os, 'getuid') else 'me'
     folder = Path(tempfile.gettempdir(), f'histogan-{owner}')
     folder.mkdir(mode=0o700, exist_ok=True)
-    if owner != 'me' and folder.stat().st_uid != owner: raise InputError(f'{folder}: belongs to somebody else; set TMPDIR to a folder of yours')
+    if owner != 'me' and folder.stat().st_uid != owner:
+        raise InputError(
+            f'{folder}: belongs to somebody else; set TMPDIR to a folder of yours'
+        )
     made = os.stat(file)
     key = digest(os.path.realpath(file), made.st_size, made.st_mtime_ns, info.filename)
     target = folder/f'{key[:24]}.npy'
     if not target.exists():
-        say(0, f'unpacking {info.filename} of {file}: {info.file_size/1e9:.1f} GB into {folder} (TMPDIR chooses another place)')
-        with z.open(info) as source: write_file(target, lambda f: shutil.copyfileobj(source, f, 2**20))
+        say(
+            0,
+            f'unpacking {info.filename} of {file}: {info.file_size/1e9:.1f} GB into '
+            f'{folder} (TMPDIR chooses another place)',
+        )
+        with z.open(info) as source:
+            write_file(target, lambda f: shutil.copyfileobj(source, f, 2**20))
     return target
 
 # %% ../nbs/01_arrays.ipynb #af60d21b
@@ -107,21 +137,38 @@ def is_array(
     root: str | Path,  # file or folder
 ) -> bool:
     "Are its patches rows of arrays?"
-    return bool(root) and (str(root).lower().endswith(ARRAY_SUFFIXES) or bool(_h5_pairs(root)))
+    return bool(root) and (
+        str(root).lower().endswith(ARRAY_SUFFIXES) or bool(_h5_pairs(root))
+    )
 
 # %% ../nbs/01_arrays.ipynb #505212d8
-_ARRAY_CLASSES = {'pathmnist': tuple('ADI BACK DEB LYM MUC MUS NORM STR TUM'.split()), 'camelyonpatch': ('normal', 'tumor')}
-_PARTS = (('train', 'train'), ('val', 'val'), ('valid', 'val'), ('test', 'test'))  # in a name -> split
+_ARRAY_CLASSES = {
+    'pathmnist': tuple('ADI BACK DEB LYM MUC MUS NORM STR TUM'.split()),
+    'camelyonpatch': ('normal', 'tumor'),
+}
+# in a name -> split
+_PARTS = (('train', 'train'), ('val', 'val'), ('valid', 'val'), ('test', 'test'))
 
-def _array_pairs(root) -> list[tuple]:  # (split or '', file and key of images, of labels)
+# (split or '', file and key of images, of labels)
+def _array_pairs(root) -> list[tuple]:
     "The arrays of patches and labels that belong together."
     pairs = _h5_pairs(root)
     if pairs: return pairs
     keys = array_keys(root)
-    parts = [(s, f'{w}_images', f'{w}_labels') for w, s in _PARTS if f'{w}_images' in keys]
-    parts = parts or [('', x, y) for x, y in (('images', 'labels'), ('x', 'y'), ('X', 'y')) if x in keys]
+    parts = [
+        (s, f'{w}_images', f'{w}_labels') for w, s in _PARTS if f'{w}_images' in keys
+    ]
+    parts = parts or [
+        ('', x, y)
+        for x, y in (('images', 'labels'), ('x', 'y'), ('X', 'y'))
+        if x in keys
+    ]
     held = ', '.join(keys[:8])
-    if not parts: raise InputError(f'{root}: holds the arrays {held}; read are train_images and train_labels (val_, test_), images and labels, or x and y')
+    if not parts:
+        raise InputError(
+            f'{root}: holds the arrays {held}; read are train_images and train_labels '
+            f'(val_, test_), images and labels, or x and y'
+        )
     lost = [y for _, _, y in parts if y not in keys]
     if lost: raise InputError(f'{root}: has no array {lost[0]} (found: {held})')
     return [(s, (str(root), x), (str(root), y)) for s, x, y in parts]
@@ -130,13 +177,14 @@ def _array_pairs(root) -> list[tuple]:  # (split or '', file and key of images, 
 def _h5_pairs(root) -> list[tuple]:
     "Pairs of files NAME_x.h5 and NAME_y.h5, in a folder or beside the one named."
     root = Path(root)
-    if root.is_dir(): files = sorted([*root.glob('*_x.h5'), *root.glob('*_x.hdf5')])
-    elif re.search(r'_x\.(h5|hdf5)$', root.name): files = _sisters(root)
+    if root.is_dir():files = sorted([*root.glob('*_x.h5'), *root.glob('*_x.hdf5')])
+    elif re.search(r'_x\.(h5|hdf5)$', root.name):files = _sisters(root)
     else: return []
     pairs = []
     for x in files:
         y = x.with_name(re.sub(r'_x(\.\w+)$', r'_y\1', x.name))
-        if not y.exists(): raise InputError(f'{x}: its labels, {y.name}, are not beside it')
+        if not y.exists():
+            raise InputError(f'{x}: its labels, {y.name}, are not beside it')
         words = re.split(r'[^a-z]+', x.stem.lower())
         split = next((s for w, s in _PARTS if w in words), '')
         pairs.append((split, (str(x), 'x'), (str(y), 'y')))
@@ -146,15 +194,23 @@ def _h5_pairs(root) -> list[tuple]:
 def _sisters(x) -> list[Path]:
     "The files of the other splits beside a training file."
     if 'train' not in x.name: return [x]
-    return [p for w in ('train', 'valid', 'val', 'test') if (p := x.with_name(x.name.replace('train', w))).exists()]
+    return [
+        p
+        for w in ('train', 'valid', 'val', 'test')
+        if (p := x.with_name(x.name.replace('train', w))).exists()
+    ]
 
 # %% ../nbs/01_arrays.ipynb #a03f3e54
 def _labels_in(file, key, n) -> np.ndarray:  # (n,) int
     "The labels of an array: one whole number per patch."
     y = np.asarray(open_array(file, key)[:])
     flat = y.reshape(len(y), -1) if y.ndim else y
-    if y.ndim == 0 or flat.shape != (n, 1): raise InputError(f'{file}: {key} holds {y.shape}, not one label for each of {n} patches')
-    if flat.dtype.kind not in 'iub' and not (flat == np.floor(flat)).all(): raise InputError(f'{file}: {key} holds {y.dtype}, not whole numbers')
+    if y.ndim == 0 or flat.shape != (n, 1):
+        raise InputError(
+            f'{file}: {key} holds {y.shape}, not one label for each of {n} patches'
+        )
+    if flat.dtype.kind not in 'iub' and not (flat == np.floor(flat)).all():
+        raise InputError(f'{file}: {key} holds {y.dtype}, not whole numbers')
     flat = flat[:, 0].astype(int)
     if flat.min() < 0: raise InputError(f'{file}: {key} holds negative labels')
     return flat
@@ -163,21 +219,35 @@ def _patches_in(file, key) -> int:
     "How many patches an array holds, once its shape is right."
     a = open_array(file, key)
     if len(a.shape) != 4 or a.shape[3] != 3 or a.dtype != np.uint8:
-        raise InputError(f'{file}: {key} holds {tuple(a.shape)} {a.dtype}, not (N, H, W, 3) uint8 (RGB)')
+        raise InputError(
+            f'{file}: {key} holds {tuple(a.shape)} {a.dtype}, not (N, H, W, 3) uint8 '
+            f'(RGB)'
+        )
     if not len(a): raise InputError(f'{file}: {key} holds no patch')
     return len(a)
 
 # %% ../nbs/01_arrays.ipynb #f82a0268
 def _array_names(root, class_names, labels) -> np.ndarray:  # of dtype object
     "The names of an array's classes."
-    stem = Path(root).stem.lower() if Path(root).is_file() else next(iter(Path(root).glob('*_x.*'))).stem.lower()
+    stem = (
+        Path(root).stem.lower()
+        if Path(root).is_file()
+        else next(iter(Path(root).glob('*_x.*'))).stem.lower()
+    )
     known = next((v for k, v in _ARRAY_CLASSES.items() if stem.startswith(k)), ())
     names = list(class_names) or list(known)
     most = int(labels.max()) + 1
     if not names:
-        warn_line(f'{root}: classes are called by their numbers; --data.class-names A,B,… names them')
+        warn_line(
+            f'{root}: classes are called by their numbers; --data.class-names A,B,… '
+            f'names them'
+        )
         names = [f'{k:0{len(str(most - 1))}}' for k in range(most)]
-    if len(names) < most: raise InputError(f'--data.class-names: {len(names)} names for labels up to {most - 1} in {root}; give {most}')
+    if len(names) < most:
+        raise InputError(
+            f'--data.class-names: {len(names)} names for labels up to {most - 1} in '
+            f'{root}; give {most}'
+        )
     return np.array(names, object)
 
 # %% ../nbs/01_arrays.ipynb #94e8a0c2
@@ -190,7 +260,19 @@ def list_arrays(
     for part, (file, x), (labels, y) in _array_pairs(root):
         n = _patches_in(file, x)
         at = os.path.abspath(file)
-        parts.append(pd.DataFrame(dict(path=[f'{at}#{x}/{k}' for k in range(n)], label=_labels_in(labels, y, n), split=part)))
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    path=[f'{at}#{x}/{k}' for k in range(n)],
+                    label=_labels_in(labels, y, n),
+                    split=part,
+                )
+            )
+        )
     df = pd.concat(parts, ignore_index=True)
     df['label'] = _array_names(root, class_names, df.label.to_numpy())[df.label]
-    return df if df.split.nunique() > 1 and (df.split != '').all() else df.drop(columns='split')
+    return (
+        df
+        if df.split.nunique() > 1 and (df.split != '').all()
+        else df.drop(columns='split')
+    )

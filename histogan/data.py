@@ -15,23 +15,61 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import InputError, digest, moved, warn_line, write_file
 from .arrays import is_array
-from .images import (FLAT, HASH_BITS, IMAGE_SUFFIXES, MAX_PIXELS, MIN_SIDE, RESIZE,
-    THUMB, _read, correlation, near_duplicates, orient, phash, pixel_hash, read_rgb, resize,
-    stamp, thumbnail, to_float, to_uint8, unshaded)
+from histogan.images import (
+    FLAT,
+    HASH_BITS,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MIN_SIDE,
+    RESIZE,
+    THUMB,
+    _read,
+    correlation,
+    near_duplicates,
+    orient,
+    phash,
+    pixel_hash,
+    read_rgb,
+    resize,
+    stamp,
+    thumbnail,
+    to_float,
+    to_uint8,
+    unshaded,
+)
 from .manifest import (CLASSES, SPLITS, added_since, check_split, classes_line,
     file_groups, is_own, load_manifest, mark_cache, named, save_manifest, scan)
-from histogan.prepared import (HEADER, PREPARED, PREPARED_FORMAT, MappedImages, PreparedDataset,
-    PreparedImages, is_prepared, load_prepared, prepared_card, read_all, reserve_images,
-    verify_prepared)
-from histogan.splits import (Inspected, _in_threads, find_copies, inspect, linked_groups, split,
-    split_targets)
+from histogan.prepared import (
+    HEADER,
+    PREPARED,
+    PREPARED_FORMAT,
+    MappedImages,
+    PreparedDataset,
+    PreparedImages,
+    is_prepared,
+    load_prepared,
+    prepared_card,
+    read_all,
+    reserve_images,
+    verify_prepared,
+)
+from histogan.splits import (
+    Inspected,
+    _in_threads,
+    find_copies,
+    inspect,
+    linked_groups,
+    split,
+    split_targets,
+)
 
 # %% ../nbs/03_data.ipynb #a32aef8a
 class BalancedSampler:
     "Positions in a data set, equally many of each class, from any epoch and place."
     def __init__(self,
         labels,  # (N,) class index of each patch of the data set
-        samples_per_class: int,  # images of each class in an epoch; original recipe: 1000
+        # images of each class in an epoch; original recipe: 1000
+        samples_per_class: int,
         seed: int = 0,  # of every order; with the epoch it decides all
         pairs: bool = False,  # places 2k and 2k + 1: one class, two images
         batch_size: int = 1,  # an epoch is cut to whole batches of this size
@@ -48,7 +86,10 @@ class BalancedSampler:
         share = samples_per_class*len(self.members)//self.unit//world*self.unit
         self.length = share - share % batch_size  # images of one epoch in this process
         if not self.length:
-            raise InputError(f'--data.samples-per-class: an epoch of {share} images holds no batch of {batch_size}; raise it')
+            raise InputError(
+                f'--data.samples-per-class: an epoch of {share} images holds no batch '
+                f'of {batch_size}; raise it'
+            )
         self.epoch = self.position = 0
 
     def __len__(self): return self.length
@@ -58,7 +99,10 @@ class BalancedSampler:
 def _check_epoch(samples_per_class, unit):
     "An epoch holds at least one image of each class, or one pair."
     if samples_per_class >= 1 and samples_per_class % unit == 0: return
-    raise InputError(f'--data.samples-per-class: {samples_per_class} must be at least 1, and even when images come in pairs')
+    raise InputError(
+        f'--data.samples-per-class: {samples_per_class} must be at least 1, and even '
+        f'when images come in pairs'
+    )
 
 # %% ../nbs/03_data.ipynb #729c7456
 @patch
@@ -88,7 +132,9 @@ def order(self: BalancedSampler,
 ) -> np.ndarray:  # positions in the data set, in order of use
     "All images of an epoch in this process."
     classes = range(len(self.members))
-    units = np.concatenate([self._draw(c, epoch).reshape(-1, self.unit) for c in classes])
+    units = np.concatenate(
+        [self._draw(c, epoch).reshape(-1, self.unit) for c in classes]
+    )
     units = np.random.default_rng([self.seed, 0, epoch]).permutation(units)
     return units[self.rank::self.world].reshape(-1)[:self.length]
 
@@ -121,9 +167,15 @@ def load_state_dict(self: BalancedSampler,
     "Go on from there, perhaps with another number of processes."
     used = state['position']
     place, odd = divmod(used, self.world*self.unit)
-    if odd: raise InputError(f'{used} images of the epoch were used, which {self.world} processes cannot have shared; resume with as many as before')
+    if odd:
+        raise InputError(
+            f'{used} images of the epoch were used, which {self.world} processes '
+            f'cannot have shared; resume with as many as before'
+        )
     if place*self.unit >= self.length:
-        raise ValueError(f'position {used} lies outside an epoch of {self.length*self.world} images')
+        raise ValueError(
+            f'position {used} lies outside an epoch of {self.length*self.world} images'
+        )
     self.epoch, self.position = int(state['epoch']), place*self.unit
 
 # %% ../nbs/03_data.ipynb #1e87fa73
@@ -133,12 +185,16 @@ class HistoDataset:
         df: pd.DataFrame,  # rows of a manifest; their index is the id
         classes: list[str],  # the index of a label in it is its y
         image_size: int,  # side of x; px
-        images=None,  # (N, R, R, 3) uint8 by id: an array or `MappedImages`; None: files
+        # (N, R, R, 3) uint8 by id: an array or `MappedImages`; None: files
+        images=None,
     ):
         lost = sorted(set(df.label) - set(classes))
         if lost:
             first = df.path[df.label == lost[0]].iloc[0]
-            raise InputError(f'{first}: its class {lost[0]} is unknown (known: {", ".join(classes)}); remove it')
+            raise InputError(
+                f'{first}: its class {lost[0]} is unknown (known: '
+                f'{", ".join(classes)}); remove it'
+            )
         self.paths, self.ids = df.path.tolist(), df.index.to_numpy()
         self.image_size, self.images = image_size, images
         self.labels = pd.Categorical(df.label, classes).codes.astype(np.int64)
@@ -155,7 +211,8 @@ class HistoDataset:
     def __getitem__(self, i):
         import torch
         many = np.atleast_1d(np.asarray(i))
-        x = torch.from_numpy(self.pixels(many)).permute(0, 3, 1, 2)  # (n, 3, R, R) uint8
+        # (n, 3, R, R) uint8
+        x = torch.from_numpy(self.pixels(many)).permute(0, 3, 1, 2)
         y, ids = torch.from_numpy(self.labels[many]), torch.from_numpy(self.ids[many])
         return (x, y, ids) if np.ndim(i) else (x[0], int(y[0]), int(ids[0]))
 
@@ -182,7 +239,8 @@ class DataConfig:
     test_frac: float = .15  # one root: share for the final test; [0, 1); decided
     group_regex: str = ''  # finds the group (patient, slide) in a file name; one (…)
     near_duplicate: float = .95  # correlation of copies; (0, 1]; measured, 01_images
-    mpp: float = 0.  # µm per pixel of the source files, where they do not say; 0: unknown
+    # µm per pixel of the source files, where they do not say; 0: unknown
+    mpp: float = 0.
     cache_mb: float = 1024  # decoded patches kept in memory; MiB; decided
     seed: int = 0  # SEED: of splits and orders; >= 0; decided
 
@@ -195,19 +253,41 @@ class DataConfig:
 # %% ../nbs/03_data.ipynb #90ec0053
 def _checks(c: DataConfig) -> list[tuple]:  # (holds, option, what to do)
     "What every configuration must fulfil."
-    r, pair, even = c.image_size, 2 if c.pairs else 1, 'must be even, because images come in pairs (--data.pairs)'
+    r, pair, even = (
+        c.image_size,
+        2 if c.pairs else 1,
+        'must be even, because images come in pairs (--data.pairs)',
+    )
     return [
-        (r & (r - 1) == 0 and 16 <= r <= 4096, 'image_size', 'is not a power of two from 16 to 4096; use 64, 128 or 256'),
+        (
+            r & (r - 1) == 0 and 16 <= r <= 4096,
+            'image_size',
+            'is not a power of two from 16 to 4096; use 64, 128 or 256',
+        ),
         (c.batch_size >= 1, 'batch_size', 'must be at least 1'),
         (c.batch_size % pair == 0, 'batch_size', even),
         (c.num_workers >= 0, 'num_workers', 'must be 0 or more'),
         (c.samples_per_class >= 1, 'samples_per_class', 'must be at least 1'),
         (c.samples_per_class % pair == 0, 'samples_per_class', even),
         (0 <= c.val_frac < 1, 'val_frac', 'must lie in [0, 1)'),
-        (0 <= c.test_frac < 1 - c.val_frac, 'test_frac', 'must lie in [0, 1) and leave something to train on'),
-        (0 < c.near_duplicate <= 1, 'near_duplicate', 'must lie in (0, 1]; 1 ties exact copies only'),
-        (0 <= c.mpp < 100, 'mpp', 'is no size of a pixel in µm; 0.5 is usual, 0 means unknown'),
-        (c.cache_mb >= 0, 'cache_mb', 'must be 0 or more'), (c.seed >= 0, 'seed', 'must be 0 or more')]
+        (
+            0 <= c.test_frac < 1 - c.val_frac,
+            'test_frac',
+            'must lie in [0, 1) and leave something to train on',
+        ),
+        (
+            0 < c.near_duplicate <= 1,
+            'near_duplicate',
+            'must lie in (0, 1]; 1 ties exact copies only',
+        ),
+        (
+            0 <= c.mpp < 100,
+            'mpp',
+            'is no size of a pixel in µm; 0.5 is usual, 0 means unknown',
+        ),
+        (c.cache_mb >= 0, 'cache_mb', 'must be 0 or more'),
+        (c.seed >= 0, 'seed', 'must be 0 or more'),
+    ]
 
 # %% ../nbs/03_data.ipynb #1ddb7f3d
 @patch(as_prop=True)
@@ -256,24 +336,44 @@ class OpenData:
         return HistoDataset(rows, self.classes, self.cfg.image_size, self.images)
 
 # %% ../nbs/03_data.ipynb #cfe4caf7
-def _gather(cfg: DataConfig) -> pd.DataFrame:  # a manifest, with root 0 or 1 for two roots
+# a manifest, with root 0 or 1 for two roots
+def _gather(cfg: DataConfig) -> pd.DataFrame:
     "The manifest that the configuration asks for."
     names = [s.strip() for s in cfg.class_names.split(',') if s.strip()]
     if cfg.manifest:
         df = load_manifest(cfg.manifest, cfg.folder)
-        return df.assign(group=file_groups(df.path, cfg.group_regex)) if cfg.group_regex else df
-    if not cfg.root: raise InputError('--data.root: no folder given; name one that holds a folder of images per class')
-    if cfg.root == 'phantom': raise InputError(f'--data.test-root: {cfg.test_root} is a second set, and --data.root is the phantom; give --data.root too' if cfg.test_root else '--data.root: the phantom is drawn by histogan.train; give a folder here')
+        return (
+            df.assign(group=file_groups(df.path, cfg.group_regex))
+            if cfg.group_regex
+            else df
+        )
+    if not cfg.root:
+        raise InputError(
+            '--data.root: no folder given; name one that holds a folder of images per '
+            'class'
+        )
+    if cfg.root == 'phantom':
+        raise InputError(
+            f'--data.test-root: {cfg.test_root} is a second set, and --data.root is '
+            f'the phantom; give --data.root too'
+            if cfg.test_root
+            else '--data.root: the phantom is drawn by histogan.train; give a folder '
+                 'here'
+        )
     df = scan(cfg.root, cfg.group_regex, names)
     if not cfg.test_root: return df
     second = scan(cfg.test_root, cfg.group_regex, names)
-    return pd.concat([df.assign(root=0), second.assign(root=1)], ignore_index=True).drop(columns='split', errors='ignore')
+    return pd.concat(
+        [df.assign(root=0), second.assign(root=1)], ignore_index=True
+    ).drop(columns='split', errors='ignore')
 
 # %% ../nbs/03_data.ipynb #4b3a505c
 def _with_mpp(df, cfg: DataConfig) -> pd.DataFrame:
     "The manifest with the option's µm per pixel where nothing else says it."
     if not cfg.mpp: return df
-    return df.assign(mpp=df.mpp.astype(float).fillna(cfg.mpp) if 'mpp' in df else cfg.mpp)
+    return df.assign(
+        mpp=df.mpp.astype(float).fillna(cfg.mpp) if 'mpp' in df else cfg.mpp
+    )
 
 def _training_mpp(df, size) -> float:
     "µm per pixel of the training patches; a warning where two sizes are mixed."
@@ -285,8 +385,15 @@ def _training_mpp(df, size) -> float:
     if high > 1.05*low:
         counts = known.mpp.round(3).value_counts().sort_index()
         sizes = ', '.join(f'{k:g} µm ({v} patches)' for k, v in counts.iloc[:5].items())
-        warn_line(f'patches of different magnification are mixed: {low:.3g} to {high:.3g} µm per pixel at {size} px (files: {sizes}); train on one, or resample them')
-    if (n := ((df.split == 'train') & df.mpp.isna()).sum()): warn_line(f'the pixel size of {n} of the training patches is unknown; --data.mpp gives it')
+        warn_line(
+            f'patches of different magnification are mixed: {low:.3g} to {high:.3g} µm '
+            f'per pixel at {size} px (files: {sizes}); train on one, or resample them'
+        )
+    if n := ((df.split == 'train') & df.mpp.isna()).sum():
+        warn_line(
+            f'the pixel size of {n} of the training patches is unknown; --data.mpp '
+            f'gives it'
+        )
     return float(round(middle, 4))
 
 # %% ../nbs/03_data.ipynb #e1d2b07d
@@ -300,7 +407,9 @@ def _stamps(df) -> tuple[np.ndarray, np.ndarray]:  # (N,) bytes; nanoseconds
 def _cache_file(cfg, df, stamps, cache_dir) -> Path | None:
     "Where the decoded patches of these files are kept; None: nowhere."
     if not cache_dir or len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
-    key = digest(cfg.image_size, RESIZE, '\n'.join(map(os.path.abspath, df.path)), *stamps)
+    key = digest(
+        cfg.image_size, RESIZE, '\n'.join(map(os.path.abspath, df.path)), *stamps
+    )
     return Path(cache_dir, f'patches-{cfg.image_size}px-{key[:24]}.npy')
 
 def _cached(file) -> MappedImages | None:
@@ -318,19 +427,37 @@ def _keep(images, file):
 def _check_unchanged(df, stamps, cfg, progress):
     "Refuse a manifest whose files have other pixels than when the run began."
     lost = [c for c in ('label', 'split', 'sha256') if c not in df]
-    if lost: raise InputError(f'manifest: has no column {lost[0]}; pass one that `open_data` made')
+    if lost:
+        raise InputError(
+            f'manifest: has no column {lost[0]}; pass one that `open_data` made'
+        )
     doubt = np.ones(len(df), bool)
-    if 'mtime_ns' in df: doubt = (df['size'].to_numpy() != stamps[0]) | (df.mtime_ns.to_numpy() != stamps[1])
+    if 'mtime_ns' in df:
+        doubt = (df['size'].to_numpy() != stamps[0]) | (
+            df.mtime_ns.to_numpy() != stamps[1]
+        )
     if not doubt.any(): return
     now = inspect(df[doubt], progress=progress).df
-    changed = df.path[doubt][df.sha256[doubt].to_numpy() != now.sha256.to_numpy()].tolist()
-    if changed: raise InputError(f'{len(changed)} of {len(df)} patches have changed since the run began ({named(changed)}); restore them or start a new run')
+    changed = df.path[doubt][
+        df.sha256[doubt].to_numpy() != now.sha256.to_numpy()
+    ].tolist()
+    if changed:
+        raise InputError(
+            f'{len(changed)} of {len(df)} patches have changed since the run began '
+            f'({named(changed)}); restore them or start a new run'
+        )
 
 def _decode_all(df, cfg, progress) -> np.ndarray | None:
     "Patches of known files, when they fit."
     if len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
-    found = _in_threads(lambda p: _small(p, cfg.image_size), df.path, min(8, os.cpu_count() or 1))
-    return np.stack(list(tqdm(found, 'reading patches', len(df), disable=None if progress else True)))
+    found = _in_threads(
+        lambda p: _small(p, cfg.image_size), df.path, min(8, os.cpu_count() or 1)
+    )
+    return np.stack(
+        list(
+            tqdm(found, 'reading patches', len(df), disable=None if progress else True)
+        )
+    )
 
 # %% ../nbs/03_data.ipynb #043f1d8d
 def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
@@ -347,11 +474,21 @@ def _say_added(cfg, df):
     "What came into the folders after the run began is not used."
     for root in filter(None, (cfg.root, cfg.test_root)):
         classes, files = added_since(root, df)
-        if classes: warn_line(f'{root}: the class folders {named(classes, 5)} were added after the run began; it goes on with its {df.label.nunique()} classes; a new run takes them in')
-        if files: warn_line(f'{root}: {files} patches were added after the run began; a new run takes them in')
+        if classes:
+            warn_line(
+                f'{root}: the class folders {named(classes, 5)} were added after the '
+                f'run began; it goes on with its {df.label.nunique()} classes; a new '
+                f'run takes them in'
+            )
+        if files:
+            warn_line(
+                f'{root}: {files} patches were added after the run began; a new run '
+                f'takes them in'
+            )
 
 # %% ../nbs/03_data.ipynb #d968aca6
-def _started(cfg: DataConfig, progress, cache_dir, rank):  # -> manifest with split, images
+# -> manifest with split, images
+def _started(cfg: DataConfig, progress, cache_dir, rank):
     "Read, check and split what a configuration names."
     df = _gather(cfg)
     table = _shared_table(cfg, df, cache_dir)
@@ -361,10 +498,24 @@ def _started(cfg: DataConfig, progress, cache_dir, rank):  # -> manifest with sp
     if progress: print(classes_line(df, cfg.manifest or cfg.root), flush=True)
     seen = inspect(df, cfg.image_size, cfg.cache_mb, progress=progress)
     seen = seen._replace(df=_with_mpp(seen.df, cfg))
-    policy = 'manual_csv' if cfg.policy == 'from_one_root' and 'split' in df else cfg.policy
-    df = split(df, policy, cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen)
-    if seen.images is None: warn_line(f'{len(df)} patches of {cfg.image_size} px need more than --data.cache-mb {cfg.cache_mb:g}; every epoch decodes its files again (histogan.prepare does it once)')
-    images = _keep(seen.images, _cache_file(cfg, df, (df['size'].to_numpy(), df.mtime_ns.to_numpy()), cache_dir))
+    policy = (
+        'manual_csv' if cfg.policy == 'from_one_root' and 'split' in df else cfg.policy
+    )
+    df = split(
+        df, policy, cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen
+    )
+    if seen.images is None:
+        warn_line(
+            f'{len(df)} patches of {cfg.image_size} px need more than --data.cache-mb '
+            f'{cfg.cache_mb:g}; every epoch decodes its files again (histogan.prepare '
+            f'does it once)'
+        )
+    images = _keep(
+        seen.images,
+        _cache_file(
+            cfg, df, (df['size'].to_numpy(), df.mtime_ns.to_numpy()), cache_dir
+        ),
+    )
     if table and images is not None: save_manifest(df, table)
     return df, images
 
@@ -375,28 +526,57 @@ def _shared_table(cfg, df, cache_dir) -> Path | None:
     return Path(cache_dir, f'manifest-{key[:24]}.csv')
 
 # %% ../nbs/03_data.ipynb #53c514a4
-def _same_prepared(df, prepared: pd.DataFrame, root) -> pd.DataFrame:  # the manifest as it was
+# the manifest as it was
+def _same_prepared(df, prepared: pd.DataFrame, root) -> pd.DataFrame:
     "A manifest of a run, after a check that the prepared dataset is the one it began with."
-    if 'store_row' not in df: raise InputError(f'{root}: the run began on folders, not on this prepared dataset; give --data.root as it was')
+    if 'store_row' not in df:
+        raise InputError(
+            f'{root}: the run began on folders, not on this prepared dataset; give '
+            f'--data.root as it was'
+        )
     columns = ('store_row', 'label', 'split', 'stored')
-    same = len(df) == len(prepared) and all((df[c].to_numpy() == prepared[c].to_numpy()).all() for c in columns)
-    if not same: raise InputError(f'{root}: is not the prepared dataset that the run began with; prepare it again as it was, or start a new run')
+    same = len(df) == len(prepared) and all(
+        (df[c].to_numpy() == prepared[c].to_numpy()).all() for c in columns
+    )
+    if not same:
+        raise InputError(
+            f'{root}: is not the prepared dataset that the run began with; prepare it '
+            f'again as it was, or start a new run'
+        )
     return df
 
 # %% ../nbs/03_data.ipynb #5382149d
 def _from_prepared(cfg: DataConfig, manifest, progress):  # -> manifest, images by id
     "Open a prepared dataset."
     for option in ('test_root', 'manifest', 'group_regex', 'class_names'):
-        if getattr(cfg, option): raise InputError(f"--data.{option.replace('_', '-')}: the prepared dataset {cfg.root} is split already; leave it out, or give it to histogan.prepare")
+        if getattr(cfg, option):
+            raise InputError(
+                f"--data.{option.replace('_', '-')}: the prepared dataset {cfg.root} "
+                f"is split already; leave it out, or give it to histogan.prepare"
+            )
     prepared = load_prepared(cfg.root)
     size, df = prepared.card['image_size'], prepared.manifest
-    if cfg.image_size > size: raise InputError(f'--data.image-size: {cfg.image_size} is more than the {size} px of the prepared dataset {cfg.root}; lower it, or prepare a larger one')
-    if manifest is not None: df = _same_prepared(manifest.reset_index(drop=True), df, cfg.root)
-    elif progress: print(classes_line(df, cfg.root), flush=True)
+    if cfg.image_size > size:
+        raise InputError(
+            f'--data.image-size: {cfg.image_size} is more than the {size} px of the '
+            f'prepared dataset {cfg.root}; lower it, or prepare a larger one'
+        )
+    if manifest is not None:
+        df = _same_prepared(manifest.reset_index(drop=True), df, cfg.root)
+    elif progress:
+        print(classes_line(df, cfg.root), flush=True)
     images = PreparedImages(cfg.root, df.store_row, cfg.image_size)
-    if cfg.image_size == size or len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return df, images
-    small = _in_threads(lambda k: images[k:k + 1], range(len(df)), min(8, os.cpu_count() or 1))
-    bar = tqdm(small, 'reading the prepared dataset', len(df), disable=None if progress else True)
+    if cfg.image_size == size or len(df) * cfg.image_size**2 * 3 > cfg.cache_mb * 2**20:
+        return df, images
+    small = _in_threads(
+        lambda k: images[k : k + 1], range(len(df)), min(8, os.cpu_count() or 1)
+    )
+    bar = tqdm(
+        small,
+        'reading the prepared dataset',
+        len(df),
+        disable=None if progress else True,
+    )
     return df, np.concatenate(list(bar))
 
 # %% ../nbs/03_data.ipynb #f5ad9087
@@ -404,51 +584,90 @@ FEWEST = 8  # training patches of a class; below it memorization is certain; dec
 
 def _check_use(df, cfg: DataConfig):
     "What can only be judged once the patches are known."
-    shown, val, classes = df[df.split == 'train'], df[df.split == 'val'], sorted(set(df.label))
-    if cfg.batch_size > len(shown): raise InputError(f'--data.batch-size: {cfg.batch_size} is more than the {len(shown)} training patches; lower it')
+    shown, val, classes = (
+        df[df.split == 'train'],
+        df[df.split == 'val'],
+        sorted(set(df.label)),
+    )
+    if cfg.batch_size > len(shown):
+        raise InputError(
+            f'--data.batch-size: {cfg.batch_size} is more than the {len(shown)} '
+            f'training patches; lower it'
+        )
     counts = shown.label.value_counts().sort_index()
     few = counts[counts < FEWEST]
-    if len(few): warn_line(f'{len(few)} of {len(classes)} classes have fewer than {FEWEST} training patches ({named([f"{k} {v}" for k, v in few.items()], 5)}); a generator memorises so few, give more')
+    if len(few):
+        warn_line(
+            f'{len(few)} of {len(classes)} classes have fewer than {FEWEST} training '
+            f'patches ({named([f"{k} {v}" for k, v in few.items()], 5)}); a generator '
+            f'memorises so few, give more'
+        )
     if not cfg.val_frac and cfg.policy == 'from_one_root': return
     wanted = round(len(df)*cfg.val_frac) if cfg.policy == 'from_one_root' else 0
     lost = [c for c in classes if c not in set(val.label)]
     if not lost and len(val) >= .9*wanted: return
-    text = f'{len(val)} patches are set aside for evaluation' + (f', {wanted} wanted' if wanted else '')
-    warn_line(f'{text}{lost and f", none of {named(lost, 10)}" or ""}; give more patches, or more groups of them')
+    text = f'{len(val)} patches are set aside for evaluation' + (
+        f', {wanted} wanted' if wanted else ''
+    )
+    warn_line(
+        f'{text}{lost and f", none of {named(lost, 10)}" or ""}; give more patches, or '
+        f'more groups of them'
+    )
 
 # %% ../nbs/03_data.ipynb #2a2cb691
 def _loader(cfg: DataConfig, data, batches, pin):
     "A loader whose every item is a whole batch; it leaves the global random state alone."
     import torch
     from torch.utils.data import DataLoader
-    return DataLoader(data, sampler=batches, batch_size=None, num_workers=cfg.num_workers,
-                      pin_memory=pin, generator=torch.Generator().manual_seed(cfg.seed))
+    return DataLoader(
+        data,
+        sampler=batches,
+        batch_size=None,
+        num_workers=cfg.num_workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(cfg.seed),
+    )
 
 # %% ../nbs/03_data.ipynb #8f1343d2
 def open_data(
     cfg: DataConfig,  # where the patches are and how they are used
     manifest: pd.DataFrame | None = None,  # already split, from an earlier run
     progress: bool = True,  # show the classes found, and a bar while files are read
-    pin_memory: bool | None = None,  # PIN_MEMORY; None: if CUDA is there; original recipe
+    # PIN_MEMORY; None: if CUDA is there; original recipe
+    pin_memory: bool | None = None,
     rank: int = 0,  # which process this is; 0 to world - 1
     world: int = 1,  # processes that share each batch of training
     cache_dir: str | Path | None = None,  # keeps decoded patches for all processes
 ) -> OpenData:
     "Read, check and split a data set, and open the loaders of a training run."
     import torch
-    if cfg.source == 'prepared': df, images = _from_prepared(cfg, manifest, progress)
-    elif manifest is not None: df, images = _resumed(cfg, manifest, progress, cache_dir)
+    if cfg.source == 'prepared':df, images = _from_prepared(cfg, manifest, progress)
+    elif manifest is not None:df, images = _resumed(cfg, manifest, progress, cache_dir)
     else: df, images = _started(cfg, progress, cache_dir, rank)
     _check_use(df, cfg)
     classes = sorted(set(df.label))
-    parts = {s: HistoDataset(df[df.split == s], classes, cfg.image_size, images) for s in ('train', 'val')}
+    parts = {
+        s: HistoDataset(df[df.split == s], classes, cfg.image_size, images)
+        for s in ('train', 'val')
+    }
     share = cfg.batch_size//world
-    order = BalancedSampler(parts['train'].labels, cfg.samples_per_class, cfg.seed, cfg.pairs,
-                            share if cfg.drop_last else 1, rank, world)
+    order = BalancedSampler(
+        parts['train'].labels,
+        cfg.samples_per_class,
+        cfg.seed,
+        cfg.pairs,
+        share if cfg.drop_last else 1,
+        rank,
+        world,
+    )
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     train = _loader(cfg, parts['train'], _batches(order, share), pin)
-    held = _loader(cfg, parts['val'], _batches(range(len(parts['val'])), cfg.batch_size), pin)
-    return OpenData(cfg, classes, df, images, order, train, held, _training_mpp(df, cfg.image_size))
+    held = _loader(
+        cfg, parts['val'], _batches(range(len(parts['val'])), cfg.batch_size), pin
+    )
+    return OpenData(
+        cfg, classes, df, images, order, train, held, _training_mpp(df, cfg.image_size)
+    )
 
 def _batches(order, size):
     "Whole batches of an order, the last one perhaps cut short."

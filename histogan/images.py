@@ -125,7 +125,8 @@ def correlation(
     return (a*b).sum(1)/np.maximum(norms, 1e-6)
 
 # %% ../nbs/01_images.ipynb #5c690c54
-HASH_BITS = 8  # bits that may differ: every JPEG-90 copy; the search is complete up to 7
+# bits that may differ: every JPEG-90 copy; the search is complete up to 7
+HASH_BITS = 8
 
 def _expand(first, count, order, limit=2**22):
     "Pairs of a look-up, about `limit` at a time: query k meets order[first[k]:][:count[k]]."
@@ -177,15 +178,29 @@ def near_duplicates(
     table = _hashes(thumbs, busy) if len(busy) else None
     found = [np.empty((0, 4))]
     for o in orientations if len(busy) else ():
-        pairs = [i*len(busy) + j for i, j in _candidates(_hashes(thumbs, busy, o), table)]
+        pairs = [
+            i * len(busy) + j for i, j in _candidates(_hashes(thumbs, busy, o), table)
+        ]
         i, j = np.divmod(np.unique(np.concatenate(pairs)), len(busy))
         for p in _parts(np.arange(len(i))):
             found.append(_verified(thumbs, busy[i[p]], busy[j[p]], o, threshold))
-    df = pd.DataFrame(np.concatenate(found), columns=['i', 'j', 'orientation', 'correlation'])
+    df = pd.DataFrame(
+        np.concatenate(found), columns=['i', 'j', 'orientation', 'correlation']
+    )
     return df.astype({'i': int, 'j': int, 'orientation': int})
 
 # %% ../nbs/01_images.ipynb #a600340b
-IMAGE_SUFFIXES = ('.bmp', '.jfif', '.jpe', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+IMAGE_SUFFIXES = (
+    '.bmp',
+    '.jfif',
+    '.jpe',
+    '.jpeg',
+    '.jpg',
+    '.png',
+    '.tif',
+    '.tiff',
+    '.webp',
+)
 MAX_PIXELS = 4096 * 4096  # 50 MB decoded; scanners export tiles of at most 1,024 px
 MIN_SIDE = 16  # px: two blocks of JPEG, and the smallest size that trains
 _FORMATS = ('BMP', 'DIB', 'JPEG', 'PNG', 'TIFF', 'WEBP')
@@ -254,7 +269,8 @@ def _zeros_are_flat(b, segments) -> bool:
     return True
 
 # %% ../nbs/01_images.ipynb #943ff971
-_EXTRA = bytes(37*k % 251 for k in range(1, 97)) + b'\xff\xd9'  # any bytes; an end marker
+# any bytes; an end marker
+_EXTRA = bytes(37*k % 251 for k in range(1, 97)) + b'\xff\xd9'
 _END = b'\xff\xd9'
 _GREY = bytes([128]*3)  # what a decoder puts where data are missing
 
@@ -289,7 +305,9 @@ def _grows(data, small) -> bool:
 
 def _is_surplus(data) -> bool:
     "Are the last 16 bytes of the coded pixels never read?"
-    return all(_pixels(data[:-16] + _END, s) == _pixels(data + _END, s) for s in (True, False))
+    return all(
+        _pixels(data[:-16] + _END, s) == _pixels(data + _END, s) for s in (True, False)
+    )
 
 # %% ../nbs/01_images.ipynb #7bfecd85
 _ZEROS = re.compile(rb'\x00{16}')
@@ -299,7 +317,9 @@ def _missing_scans(b, segments) -> str | None:
     left, details = {}, False  # (component, coefficient) -> bits still to come
     for kind, at, end in segments:
         if kind == 0xC2:
-            left = {(b[at + 6 + 3*k], f): 1 for k in range(b[at + 5]) for f in range(64)}
+            left = {
+                (b[at + 6 + 3 * k], f): 1 for k in range(b[at + 5]) for f in range(64)
+            }
         if kind == 0xDA:
             n = b[at]
             first, last, low = b[at + 1 + 2*n], b[at + 2 + 2*n], b[at + 3 + 2*n] & 15
@@ -307,7 +327,11 @@ def _missing_scans(b, segments) -> str | None:
             left |= {(c, f): low for c in names for f in range(first, last + 1)}
         if kind == 0 and details and re.search(rb'\x00{32}', b[at:end]):
             return 'holds a run of zero bytes where pixels should be (a lost block)'
-    return 'lacks scans of its pixels (cut off, then closed)' if any(left.values()) else None
+    return (
+        'lacks scans of its pixels (cut off, then closed)'
+        if any(left.values())
+        else None
+    )
 
 # %% ../nbs/01_images.ipynb #ce19a1a1
 def _png_damage(b) -> str | None:
@@ -338,7 +362,8 @@ def _lost_sectors(b, width) -> str | None:
 def _webp_damage(b) -> str | None:
     "A WebP's length, and zeros, which its coder does not write."
     if len(b) < 12 or int.from_bytes(b[4:8], 'little') + 8 > len(b): return 'is cut off'
-    if re.search(rb'\x00{32}', b[64:]): return 'holds a run of zero bytes where pixels should be'
+    if re.search(rb'\x00{32}', b[64:]):
+        return 'holds a run of zero bytes where pixels should be'
     return None
 
 # %% ../nbs/01_images.ipynb #49333a60
@@ -348,7 +373,8 @@ def _tiff_damage(im, b) -> str | None:
     if kind == 'raw': return _lost_sectors(b, im.width)
     if kind != 'tiff_lzw': return None
     for at, n in zip(tags.get(273, ()), tags.get(279, ())):
-        if re.search(rb'\x00{32}', b[at:at + n]): return 'holds a run of zero bytes where pixels should be'
+        if re.search(rb'\x00{32}', b[at : at + n]):
+            return 'holds a run of zero bytes where pixels should be'
     return None
 
 def _damage(im, b) -> str | None:
@@ -385,7 +411,9 @@ def _read_member(file, key, row) -> np.ndarray:  # (H, W, 3) uint8
     "One patch of an array."
     a = open_array(file, key)
     if a.ndim != 4 or a.shape[3] != 3 or a.dtype != np.uint8:
-        raise InputError(f'{key} holds {tuple(a.shape)} {a.dtype}, not (N, H, W, 3) uint8')
+        raise InputError(
+            f'{key} holds {tuple(a.shape)} {a.dtype}, not (N, H, W, 3) uint8'
+        )
     if row >= len(a): raise InputError(f'{key} holds {len(a)} patches')
     if fault := too_small(a.shape[2], a.shape[1]): raise InputError(fault)
     return np.array(a[row])
@@ -397,7 +425,8 @@ def _decode(path, check=True) -> tuple[np.ndarray, float]:  # (H, W, 3) uint8; Â
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise InputError('is not a regular file; give an image file')
-    if info.st_size == 0: raise InputError('is empty (0 bytes); copy it again or remove it')
+    if info.st_size == 0:
+        raise InputError('is empty (0 bytes); copy it again or remove it')
     with Image.open(path, formats=_FORMATS) as im:
         if fault := _header_fault(im): raise InputError(fault)
         img = _rgb(im)

@@ -27,13 +27,28 @@ CLASSES = dict(
 SPLITS = ('train', 'val', 'test')
 
 # %% ../nbs/02_manifest.ipynb #09f675b0
-_OTHER = frozenset('''.avif .bif .bz2 .czi .dcm .dicom .dng .eps .exr .gif .gz .hdr .heic .heif .ico .ims
+_OTHER = frozenset(
+    '''.avif .bif .bz2 .czi .dcm .dicom .dng .eps .exr .gif .gz .hdr .heic .heif .ico .ims
     .isyntax .j2c .j2k .jp2 .jpc .jpf .jpx .jxl .jxr .lif .mat .mrxs .nd2 .ndpi .nii .npy .oir .pam .pbm
     .pcx .pdf .pgm .pnm .ppm .psd .qptiff .rar .raw .scn .svg .svs .svslide .tar .tga .tgz .vms .vmu
-    .vsi .zarr .zip .7z .npz .h5 .hdf5 .pkl .pt .tfrecord .tfrecords .lmdb .mdb'''.split())
-_MAGIC = ((b'\x89PNG', 0), (b'\xff\xd8\xff', 0), (b'GIF8', 0), (b'II*\0', 0), (b'MM\0*', 0), (b'DICM', 128),
-          (b'WEBP', 8), (b'ftyp', 4), (b'jP  ', 4), (b'\x93NUMPY', 0), (b'\xff\x4f\xff\x51', 0))
-_SILENT = frozenset('.csv .db .html .ini .json .log .md .py .txt .xml .yaml .yml .xlsx'.split())
+    .vsi .zarr .zip .7z .npz .h5 .hdf5 .pkl .pt .tfrecord .tfrecords .lmdb .mdb'''.split()
+)
+_MAGIC = (
+    (b'\x89PNG', 0),
+    (b'\xff\xd8\xff', 0),
+    (b'GIF8', 0),
+    (b'II*\0', 0),
+    (b'MM\0*', 0),
+    (b'DICM', 128),
+    (b'WEBP', 8),
+    (b'ftyp', 4),
+    (b'jP  ', 4),
+    (b'\x93NUMPY', 0),
+    (b'\xff\x4f\xff\x51', 0),
+)
+_SILENT = frozenset(
+    '.csv .db .html .ini .json .log .md .py .txt .xml .yaml .yml .xlsx'.split()
+)
 
 # %% ../nbs/02_manifest.ipynb #1d9c781e
 def _is_picture_of_another_kind(path) -> bool:
@@ -43,7 +58,8 @@ def _is_picture_of_another_kind(path) -> bool:
     if suffix in _SILENT: return False
     try:
         with open(path, 'rb') as f: start = f.read(132)
-    except OSError: return False
+    except OSError:
+        return False
     return any(start[at:at + len(m)] == m for m, at in _MAGIC)
 
 # %% ../nbs/02_manifest.ipynb #4c396b5e
@@ -60,7 +76,9 @@ def mark_cache(
     return tag.parent
 
 # %% ../nbs/02_manifest.ipynb #4908d539
-_OLD_CACHE = re.compile(r'(phantom-\d+px|judge|classifier|encoder-|features-|own_cnn|cnn-).*')
+_OLD_CACHE = re.compile(
+    r'(phantom-\d+px|judge|classifier|encoder-|features-|own_cnn|cnn-).*'
+)
 
 def own_kind(
     names,  # of the files and folders in a folder
@@ -68,9 +86,15 @@ def own_kind(
     "What this program made there, by the files that it leaves."
     names = set(names)
     if names & {'prepare.json', '.part'}: return 'prepared dataset'
-    if 'config.json' in names and names & {'checkpoints', 'artifacts', 'metrics_gan.csv'}: return 'run'
+    if 'config.json' in names and names & {
+        'checkpoints',
+        'artifacts',
+        'metrics_gan.csv',
+    }:
+        return 'run'
     if 'patches.csv' in names: return 'samples'
-    if _TAG in names or (names and all(map(_OLD_CACHE.fullmatch, names))): return 'cache'
+    if _TAG in names or (names and all(map(_OLD_CACHE.fullmatch, names))):
+        return 'cache'
     return ''
 
 def is_own(
@@ -89,7 +113,9 @@ class _Found(NamedTuple):
 
 def _below(folder, root) -> _Found:
     "Look through a class folder."
-    def _stop(e): raise InputError(f'{e.filename}: may not be listed; change its permissions')
+    def _stop(e):
+        raise InputError(f'{e.filename}: may not be listed; change its permissions')
+
     found, seen = _Found([], [], [], []), set()
     top = os.path.realpath(root)
     inside = os.path.realpath(folder)
@@ -99,7 +125,11 @@ def _below(folder, root) -> _Found:
         if what: found.own.append((here, what))
         if real in seen or what: folders[:] = []; continue
         seen.add(real)
-        folders[:] = sorted(d for d in folders if d[0] != '.' and not _leads_up(here, d, inside, top, found.links))
+        folders[:] = sorted(
+            d
+            for d in folders
+            if d[0] != '.' and not _leads_up(here, d, inside, top, found.links)
+        )
         _sort_files(here, files, found)
     found.images.sort()
     return found
@@ -110,11 +140,15 @@ def _leads_up(here, name, inside, top, links) -> bool:
     path = os.path.join(here, name)
     if not os.path.islink(path): return False
     goal = os.path.realpath(path)
-    if _within(goal, inside) or not (_within(goal, top) or _within(top, goal)): return False
+    if _within(goal, inside) or not (_within(goal, top) or _within(top, goal)):
+        return False
     links.append(path)
     return True
 
-def _within(path, folder): return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+def _within(path, folder):
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
 
 def _sort_files(here, files, found):
     "Pictures that are read, and those that are not."
@@ -131,14 +165,26 @@ def _class_folders(root) -> list[Path]:  # sorted
     "The class folders of a root, or an `InputError` that says what is there instead."
     root = Path(root)
     if not root.exists(): raise InputError(f'{root}: no such folder; {_GIVE}')
-    if not root.is_dir(): raise InputError(f'{root}: is a file; {_GIVE}, an array file ({", ".join(ARRAY_SUFFIXES)}) or --data.manifest for a table')
-    try: inside = sorted(p for p in root.iterdir() if p.name[0] != '.')
-    except PermissionError: raise InputError(f'{root}: may not be listed; change its permissions') from None
-    if own_kind(p.name for p in inside) == 'run': raise InputError(f'{root}: is a run of this program; {_GIVE}')
+    if not root.is_dir():
+        raise InputError(
+            f'{root}: is a file; {_GIVE}, an array file ({", ".join(ARRAY_SUFFIXES)}) '
+            f'or --data.manifest for a table'
+        )
+    try:
+        inside = sorted(p for p in root.iterdir() if p.name[0] != '.')
+    except PermissionError:
+        raise InputError(f'{root}: may not be listed; change its permissions') from None
+    if own_kind(p.name for p in inside) == 'run':
+        raise InputError(f'{root}: is a run of this program; {_GIVE}')
     stray = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()]
-    if stray: raise InputError(f'{stray[0]}: an image outside every class folder ({len(stray)} in all); move it into the folder of its class')
+    if stray:
+        raise InputError(
+            f'{stray[0]}: an image outside every class folder ({len(stray)} in all); '
+            f'move it into the folder of its class'
+        )
     folders = [p for p in inside if p.is_dir()]
-    if not folders: raise InputError(f'{root}: holds no class folder{_arrays_in(inside)}; {_GIVE}')
+    if not folders:
+        raise InputError(f'{root}: holds no class folder{_arrays_in(inside)}; {_GIVE}')
     return folders
 
 def _arrays_in(paths) -> str:
@@ -147,7 +193,10 @@ def _arrays_in(paths) -> str:
     return f' but {arrays[0].name} (name the file itself to read it)' if arrays else ''
 
 # %% ../nbs/02_manifest.ipynb #438a3a0b
-_SPLIT_WORDS = frozenset('train training trn val valid validation dev test testing tst eval evaluation holdout heldout fold'.split())
+_SPLIT_WORDS = frozenset(
+    'train training trn val valid validation dev test testing tst eval evaluation '
+    'holdout heldout fold'.split()
+)
 
 def looks_like_split(
     name: str,  # of a folder
@@ -168,20 +217,38 @@ def _check_level(root, counts: dict):
     lower = {name: _subfolders(Path(root, name)) for name in counts}
     deeper = [name for name in counts if lower[name]]
     splits = [name for name in counts if looks_like_split(name)]
-    if splits and set(splits) <= set(deeper) and len(splits) == len(counts): _refuse_splits(root, splits, lower)
+    if splits and set(splits) <= set(deeper) and len(splits) == len(counts):
+        _refuse_splits(root, splits, lower)
     if len(counts) == 1 and len(lower[name := next(iter(counts))]) > 1:
-        raise InputError(f'{root}: holds one folder, {name}, and the classes seem to be in it ({named(lower[name], 5)}); give {Path(root, name)}, or list the patches in a table if {name} is one class')
-    if splits: warn_line(f'{root}: the class names {", ".join(splits)} look like splits; if they are, give the training folder as --data.root and the other as --data.test-root')
+        raise InputError(
+            f'{root}: holds one folder, {name}, and the classes seem to be in it '
+            f'({named(lower[name], 5)}); give {Path(root, name)}, or list the patches '
+            f'in a table if {name} is one class'
+        )
+    if splits:
+        warn_line(
+            f'{root}: the class names {", ".join(splits)} look like splits; if they '
+            f'are, give the training folder as --data.root and the other as '
+            f'--data.test-root'
+        )
     shared = Counter(sub for name in deeper for sub in lower[name])
     twice = [sub for sub, n in shared.items() if n == len(counts) > 1]
-    if len(twice) > 1: warn_line(f'{root}: every class ({named(list(counts), 5)}) holds the folders {named(twice, 5)}; if those are the classes, move them one level up or list the patches in a table')
+    if len(twice) > 1:
+        warn_line(
+            f'{root}: every class ({named(list(counts), 5)}) holds the folders '
+            f'{named(twice, 5)}; if those are the classes, move them one level up or '
+            f'list the patches in a table'
+        )
 
 def _refuse_splits(root, splits, lower):
     "The first level holds splits."
     first = next((s for s in splits if 'train' in s.lower()), splits[0])
     other = next((s for s in splits if s != first), None)
     more = f' --data.test-root {Path(root, other)}' if other else ''
-    raise InputError(f'{root}: the folders {", ".join(splits)} are splits, not classes (in {first}: {named(lower[first], 5)}); give --data.root {Path(root, first)}{more}')
+    raise InputError(
+        f'{root}: the folders {", ".join(splits)} are splits, not classes (in {first}: '
+        f'{named(lower[first], 5)}); give --data.root {Path(root, first)}{more}'
+    )
 
 # %% ../nbs/02_manifest.ipynb #c9b05b61
 def file_groups(
@@ -190,12 +257,20 @@ def file_groups(
 ) -> list[str]:  # the group of each file, such as its slide or patient
     "The group of each patch, read from its file name."
     option = f'--data.group-regex: {regex!r}'
-    try: found = [re.search(regex, os.path.basename(p)) for p in paths]
-    except re.error as e: raise InputError(f'{option} is no regular expression ({e}); fix it') from None
+    try:
+        found = [re.search(regex, os.path.basename(p)) for p in paths]
+    except re.error as e:
+        raise InputError(f'{option} is no regular expression ({e}); fix it') from None
     if re.compile(regex).groups < 1:
-        raise InputError(f'{option} has no group; put (…) around the part that names the group')
+        raise InputError(
+            f'{option} has no group; put (…) around the part that names the group'
+        )
     lost = [p for p, m in zip(paths, found) if not (m and m.group(1))]
-    if lost: raise InputError(f'{option} finds no group in {lost[0]} ({len(lost)} of {len(found)} files); fix it or rename them')
+    if lost:
+        raise InputError(
+            f'{option} finds no group in {lost[0]} ({len(lost)} of {len(found)} '
+            f'files); fix it or rename them'
+        )
     return [m.group(1) for m in found]
 
 # %% ../nbs/02_manifest.ipynb #15c5d135
@@ -222,7 +297,12 @@ def _label_names(raw) -> dict:  # label as written -> label
     "Labels without blanks around them and with accents composed; what falls together is said."
     names = {s: unicodedata.normalize('NFC', s).strip() for s in sorted(set(raw))}
     for name, n in Counter(names.values()).items():
-        if n > 1: warn_line(f'{", ".join(repr(s) for s in names if names[s] == name)}: taken as one class, {name} (they differ in blanks or in how accents are written)')
+        if n > 1:
+            warn_line(
+                f'{", ".join(repr(s) for s in names if names[s] == name)}: taken as '
+                f'one class, {name} (they differ in blanks or in how accents are '
+                f'written)'
+            )
     return names
 
 # %% ../nbs/02_manifest.ipynb #e3d3e2a9
@@ -237,9 +317,16 @@ def scan(
     found = _classes_alone(root, found)
     _check_level(root, {folder.name: len(f.images) for folder, f in found.items()})
     names = _label_names(folder.name for folder in found)
-    df = pd.DataFrame([(p, names[folder.name]) for folder, f in found.items() for p in f.images], columns=['path', 'label'])
-    try: ''.join(df.path).encode()
-    except UnicodeEncodeError: raise InputError(f'{root}: holds a file name that is not valid UTF-8; rename it') from None
+    df = pd.DataFrame(
+        [(p, names[folder.name]) for folder, f in found.items() for p in f.images],
+        columns=['path', 'label'],
+    )
+    try:
+        ''.join(df.path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f'{root}: holds a file name that is not valid UTF-8; rename it'
+        ) from None
     return df.assign(group=file_groups(df.path, group_regex)) if group_regex else df
 
 # %% ../nbs/02_manifest.ipynb #6269ca0c
@@ -249,14 +336,38 @@ def _classes_alone(root, found: dict) -> dict:  # without what is no class
     links = [x for f in found.values() for x in f.links]
     others = [x for f in found.values() for x in f.others]
     top, real = os.path.realpath(root), {f: os.path.realpath(f) for f in found}
-    up = [f for f in found if _within(top, real[f]) or (f.is_symlink() and real[f] in set(real.values()) - {real[f]})]
-    if own: warn_line(f'{root}: left out what histogan wrote: ' + named([f'{os.path.relpath(p, root)} ({what})' for p, what in own], 5))
-    if links or up: warn_line(f'{named([*map(str, up), *links], 5)}: a link to a folder above it or to another class; left out')
-    if others: warn_line(f'{len(others)} files of kinds that are not read ({_suffixes(others)}): {named(others, 3)}; save them as PNG to use them')
+    up = [
+        f
+        for f in found
+        if _within(top, real[f])
+        or (f.is_symlink() and real[f] in set(real.values()) - {real[f]})
+    ]
+    if own:
+        warn_line(
+            f'{root}: left out what histogan wrote: '
+            + named([f'{os.path.relpath(p, root)} ({what})' for p, what in own], 5)
+        )
+    if links or up:
+        warn_line(
+            f'{named([*map(str, up), *links], 5)}: a link to a folder above it or to '
+            f'another class; left out'
+        )
+    if others:
+        warn_line(
+            f'{len(others)} files of kinds that are not read ({_suffixes(others)}): '
+            f'{named(others, 3)}; save them as PNG to use them'
+        )
     found = {k: f for k, f in found.items() if k not in up and (f.images or not f.own)}
     empty = [k for k, f in found.items() if not f.images]
-    if empty: raise InputError(f'{empty[0]}: a class folder without images{_instead(found[empty[0]])}; fill it or remove it')
-    if not found: raise InputError(f'{root}: holds no class folder, only what histogan wrote; {_GIVE}')
+    if empty:
+        raise InputError(
+            f'{empty[0]}: a class folder without images{_instead(found[empty[0]])}; '
+            f'fill it or remove it'
+        )
+    if not found:
+        raise InputError(
+            f'{root}: holds no class folder, only what histogan wrote; {_GIVE}'
+        )
     return found
 
 def _suffixes(paths) -> str:
@@ -264,7 +375,9 @@ def _suffixes(paths) -> str:
     kinds = Counter(os.path.splitext(p)[1].lower() or 'no suffix' for p in paths)
     return ', '.join(f'{k} {n}' for k, n in kinds.most_common(5))
 
-def _instead(f: _Found) -> str: return f' that can be read ({_suffixes(f.others)})' if f.others else ''
+
+def _instead(f: _Found) -> str:
+    return f' that can be read ({_suffixes(f.others)})' if f.others else ''
 
 # %% ../nbs/02_manifest.ipynb #7723d76d
 def added_since(
@@ -275,35 +388,70 @@ def added_since(
     known, listed = set(df.label), {os.path.abspath(p) for p in df.path}
     classes, files = [], 0
     for folder in _class_folders(root) if os.path.isdir(root) else ():
-        if folder.is_symlink() and _within(os.path.realpath(folder), os.path.realpath(root)): continue
+        if folder.is_symlink() and _within(
+            os.path.realpath(folder), os.path.realpath(root)
+        ):
+            continue
         found = _below(folder, root).images
         name = unicodedata.normalize('NFC', folder.name).strip()
-        if found and name not in known: classes.append(folder.name)
+        if found and name not in known:classes.append(folder.name)
         else: files += sum(os.path.abspath(p) not in listed for p in found)
     return classes, files
 
 # %% ../nbs/02_manifest.ipynb #94a2607d
-_COUNTS = ('root', 'width', 'height', 'unit', 'store_row', 'size', 'mtime_ns')  # whole numbers
-_KNOWN = ('path', 'label', 'split', 'group', 'mpp')  # names that may be written in capitals
+# whole numbers
+_COUNTS = ('root', 'width', 'height', 'unit', 'store_row', 'size', 'mtime_ns')
+# names that may be written in capitals
+_KNOWN = ('path', 'label', 'split', 'group', 'mpp')
 
 def _decoded(path) -> str:
     "The text of a table."
-    try: data = Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError): raise InputError(f'{path}: no such file; give a CSV with the columns path, label, split') from None
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+    try:
+        data = Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise InputError(
+            f'{path}: no such file; give a CSV with the columns path, label, split'
+        ) from None
+    except OSError as e:
+        raise InputError(f'{path}: cannot be read ({e.strerror})') from None
     code = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
-    try: text = data.decode(code)
-    except UnicodeDecodeError as e: raise InputError(f'{path}: cannot be read as text (byte {e.start} is not UTF-8); save it again as CSV UTF-8') from None
-    if '\0' in text: raise InputError(f'{path}: cannot be read as CSV (it holds zero bytes); save it again as CSV UTF-8')
-    if not text.strip(): raise InputError(f'{path}: cannot be read: it is empty; give a CSV with the columns path, label, split')
+    try:
+        text = data.decode(code)
+    except UnicodeDecodeError as e:
+        raise InputError(
+            f'{path}: cannot be read as text (byte {e.start} is not UTF-8); save it '
+            f'again as CSV UTF-8'
+        ) from None
+    if '\0' in text:
+        raise InputError(
+            f'{path}: cannot be read as CSV (it holds zero bytes); save it again as '
+            f'CSV UTF-8'
+        )
+    if not text.strip():
+        raise InputError(
+            f'{path}: cannot be read: it is empty; give a CSV with the columns path, '
+            f'label, split'
+        )
     return text
 
 # %% ../nbs/02_manifest.ipynb #661bc778
 def _header_names(line, sep) -> list[str]:
     "The column names of a header line; ours in lower case."
-    names = [c.strip() for c in next(csv.reader([line], delimiter=sep, skipinitialspace=True))]
+    names = [
+        c.strip()
+        for c in next(csv.reader([line], delimiter=sep, skipinitialspace=True))
+    ]
     lower = [c.lower() for c in names]
-    return [l if l in _KNOWN and names.count(l) + lower.count(l) - names.count(c) <= 2 and l not in names else c for c, l in zip(names, lower)]
+    return [
+        (
+            l
+            if l in _KNOWN
+            and names.count(l) + lower.count(l) - names.count(c) <= 2
+            and l not in names
+            else c
+        )
+        for c, l in zip(names, lower)
+    ]
 
 def _separator(line) -> str:
     "What stands between the columns: the one that yields a column path."
@@ -318,10 +466,19 @@ def _user_table(path, need) -> pd.DataFrame:
     rows = _rows_of(text, sep, path)
     header, rows = _header_names(line, sep), rows[1:]
     lost = [c for c in need if c not in header]
-    if lost: raise InputError(f'{path}: has no column {lost[0]} (found: {", ".join(header)[:120]}); add it')
+    if lost:
+        raise InputError(
+            f'{path}: has no column {lost[0]} (found: {", ".join(header)[:120]}); add '
+            f'it'
+        )
     if not rows: raise InputError(f'{path}: has no rows; list at least one patch')
     odd = next((i for i, row in enumerate(rows) if len(row) != len(header)), None)
-    if odd is not None: raise InputError(f'{path}: rows have {len(rows[odd])} fields, the header {len(header)} (line {odd + 2}: {sep.join(rows[odd])[:80]!r}); name every column, or remove the separators at the ends of the lines')
+    if odd is not None:
+        raise InputError(
+            f'{path}: rows have {len(rows[odd])} fields, the header {len(header)} '
+            f'(line {odd + 2}: {sep.join(rows[odd])[:80]!r}); name every column, or '
+            f'remove the separators at the ends of the lines'
+        )
     twice = [c for c, n in Counter(header).items() if n > 1]
     if twice: raise InputError(f'{path}: has the column {twice[0]} twice; remove one')
     return pd.DataFrame(dict(zip(header, zip(*rows))), dtype=str)
@@ -331,11 +488,16 @@ def _rows_of(text, sep, path) -> list:
     "The rows of a table; without quotes and blanks it is split, five times as fast."
     if '"' not in text and f'{sep} ' not in text:
         return [line.split(sep) for line in text.splitlines() if line.strip()]
-    reader = csv.reader(StringIO(text, newline=''), delimiter=sep, skipinitialspace=True, strict=True)
-    try: return [row for row in reader if row]
+    reader = csv.reader(
+        StringIO(text, newline=''), delimiter=sep, skipinitialspace=True, strict=True
+    )
+    try:
+        return [row for row in reader if row]
     except csv.Error as e:
-        raise InputError(f'{path}: cannot be read as CSV (line {reader.line_num}: {e}); '
-                         'save it again') from None
+        raise InputError(
+            f'{path}: cannot be read as CSV (line {reader.line_num}: {e}); '
+            'save it again'
+        ) from None
 
 # %% ../nbs/02_manifest.ipynb #f6a7c1af
 def check_split(
@@ -344,7 +506,11 @@ def check_split(
 ):
     "A split given by hand uses the three words."
     wrong = df.index[~df.split.isin(SPLITS)]
-    if len(wrong): raise InputError(f'{path}: line {wrong[0] + 2} has the split {df.split[wrong[0]]!r}; use {", ".join(SPLITS)}')
+    if len(wrong):
+        raise InputError(
+            f'{path}: line {wrong[0] + 2} has the split {df.split[wrong[0]]!r}; use '
+            f'{", ".join(SPLITS)}'
+        )
 
 # %% ../nbs/02_manifest.ipynb #57ae18de
 def _there(paths) -> np.ndarray:  # (N,) bool
@@ -354,8 +520,17 @@ def _there(paths) -> np.ndarray:  # (N,) bool
     counts, known = Counter(d for d, _ in places), {}
     for folder, n in counts.items():
         if n > 50: known[folder] = _listing(folder)
-    return np.array([name in known[d] if d in known and name in known[d] else os.path.lexists(f) and not os.path.isdir(f)
-                     for f, (d, name) in zip(files, places)], bool)
+    return np.array(
+        [
+            (
+                name in known[d]
+                if d in known and name in known[d]
+                else os.path.lexists(f) and not os.path.isdir(f)
+            )
+            for f, (d, name) in zip(files, places)
+        ],
+        bool,
+    )
 
 def _place(file):
     "Folder and name."
@@ -365,25 +540,34 @@ def _place(file):
 def _listing(folder) -> set:
     "Names of what is no folder."
     try:
-        with os.scandir(folder) as entries: return {e.name for e in entries if not e.is_dir()}
-    except OSError: return set()
+        with os.scandir(folder) as entries:
+            return {e.name for e in entries if not e.is_dir()}
+    except OSError:
+        return set()
 
 # %% ../nbs/02_manifest.ipynb #b86bc419
 def _spellings(paths):
     "The paths as written, and as other systems write them."
     yield paths
-    if os.sep == '/' and any('\\' in p for p in paths) and not any('/' in p for p in paths):
+    if (
+        os.sep == '/'
+        and any('\\' in p for p in paths)
+        and not any('/' in p for p in paths)
+    ):
         yield [p.replace('\\', '/') for p in paths]
     if not all(map(str.isascii, paths)):
-        for form in ('NFC', 'NFD'): yield [unicodedata.normalize(form, p) for p in paths]
+        for form in ('NFC', 'NFD'):
+            yield [unicodedata.normalize(form, p) for p in paths]
 
 def _leading(paths) -> list[str]:
     "The folders that all paths begin with."
     folders = {os.path.dirname(p) for p in paths}
     if '' in folders or len({os.path.isabs(f) for f in folders}) > 1: return []
-    try: common = os.path.commonpath(folders)
+    try:common = os.path.commonpath(folders)
     except ValueError: return []  # two disks
-    return [s for s in os.path.splitdrive(common)[1].replace(os.sep, '/').split('/') if s]
+    return [
+        s for s in os.path.splitdrive(common)[1].replace(os.sep, '/').split('/') if s
+    ]
 
 def _tails(paths):
     "The paths without 0, 1, 2, … of the folders that all begin with."
@@ -392,7 +576,8 @@ def _tails(paths):
     for k in range(depth + 1): yield [p.split('/', k)[k] for p in plain]
 
 # %% ../nbs/02_manifest.ipynb #cf5bb741
-def _candidates(paths, root, others):  # yields (base in words, paths); the first that are all there is taken
+# yields (base in words, paths); the first that are all there is taken
+def _candidates(paths, root, others):
     "Where the files of a table may be."
     absolute = [os.path.isabs(p) for p in paths]
     if root:
@@ -407,20 +592,38 @@ def _located(path, paths, root, others, option) -> list[str]:
     most, tried = None, {}
     for written in _spellings(paths):
         for base, found in _candidates(written, root, others):
-            if not os.path.lexists(_file_of(found[0])) and not os.path.lexists(_file_of(found[-1])) and most is not None: continue
+            if (
+                not os.path.lexists(_file_of(found[0]))
+                and not os.path.lexists(_file_of(found[-1]))
+                and most is not None
+            ):
+                continue
             there = _there(found)
             if there.all(): return _said_base(path, found, base, root, option)
             tried[base] = max(tried.get(base, 0), int(there.sum()))
-            if most is None or there.sum() > most[0]: most = there.sum(), [p for p, t in zip(found, there) if not t]
-    looked = ', '.join(f'{b or "the working folder"} ({n} found)' for b, n in tried.items())
-    whole = 'one base for all of them; ' if sum(n > 0 for n in tried.values()) > 1 else ''
-    raise InputError(f'{path}: {len(most[1])} of its {len(paths)} files are missing ({named(most[1])}); looked in {looked}; {whole}give their folder with {option}')
+            if most is None or there.sum() > most[0]:
+                most = there.sum(), [p for p, t in zip(found, there) if not t]
+    looked = ', '.join(
+        f'{b or "the working folder"} ({n} found)' for b, n in tried.items()
+    )
+    whole = (
+        'one base for all of them; ' if sum(n > 0 for n in tried.values()) > 1 else ''
+    )
+    raise InputError(
+        f'{path}: {len(most[1])} of its {len(paths)} files are missing '
+        f'({named(most[1])}); looked in {looked}; {whole}give their folder with '
+        f'{option}'
+    )
 
 def _file_of(p): return m[0] if '#' in p and (m := member_of(p)) else p
 
 def _said_base(path, found, base, root, option) -> list[str]:
     "Say it when the folder that was given is not the one."
-    if root and base != str(root): warn_line(f'{path}: its files are not below {option} {root} but below {base or "the working folder"}')
+    if root and base != str(root):
+        warn_line(
+            f'{path}: its files are not below {option} {root} but below '
+            f'{base or "the working folder"}'
+        )
     return found
 
 # %% ../nbs/02_manifest.ipynb #419a3c2e
@@ -429,8 +632,14 @@ def _card_of(path) -> Path: return Path(path).with_suffix('.base.json')
 def _bases(path) -> list[str]:
     "Where relative paths of a table may start, beside the folder given."
     here = os.path.dirname(os.path.abspath(path))
-    card = read_json(_card_of(path), 'record of a base') if _card_of(path).exists() else {}
-    written = [card['base'], os.path.normpath(os.path.join(here, card['from_here']))] if 'base' in card and 'from_here' in card else []
+    card = (
+        read_json(_card_of(path), 'record of a base') if _card_of(path).exists() else {}
+    )
+    written = (
+        [card['base'], os.path.normpath(os.path.join(here, card['from_here']))]
+        if 'base' in card and 'from_here' in card
+        else []
+    )
     found = [*written, here, os.path.dirname(here), os.getcwd()]
     return list(dict.fromkeys(found))
 
@@ -452,51 +661,95 @@ def load_manifest(
         if c in df: df[c] = _whole(df[c], path)
     if 'mpp' in df: df['mpp'] = _sizes(df.mpp, path)
     df['path'] = _all_located(df, path, root, test_root)
-    if df.path.duplicated().any(): raise InputError(f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one')
+    if df.path.duplicated().any():
+        raise InputError(
+            f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one'
+        )
     return df
 
 # %% ../nbs/02_manifest.ipynb #d24db3d3
 def _columns_named(df, path, group_column, split_column) -> pd.DataFrame:
     "Columns that have other names in a table."
-    for option, own, name in (('--group-column', 'group', group_column), ('--split-column', 'split', split_column)):
-        if name and name != own and name not in df: raise InputError(f'{path}: has no column {name} ({option}; found: {", ".join(df.columns)}); name another')
+    for option, own, name in (
+        ('--group-column', 'group', group_column),
+        ('--split-column', 'split', split_column),
+    ):
+        if name and name != own and name not in df:
+            raise InputError(
+                f'{path}: has no column {name} ({option}; found: '
+                f'{", ".join(df.columns)}); name another'
+            )
         if name and name in df and name != own: df = df.assign(**{own: df[name]})
         if own == 'split' and not name: df = df.drop(columns='split', errors='ignore')
     return df
 
 def _clean_text(df, path) -> pd.DataFrame:
     "Labels, groups and splits without blanks around them."
-    df = df.assign(path=[p.strip() for p in df.path.tolist()], label=df.label.map(_label_names(df.label.unique())))
-    if 'group' in df: df['group'] = df.group.map({s: unicodedata.normalize('NFC', s).strip() for s in df.group.unique()})
-    if 'split' in df: df['split'] = df.split.map({s: s.strip().lower() if s.strip().lower() in SPLITS else s for s in df.split.unique()})
+    df = df.assign(
+        path=[p.strip() for p in df.path.tolist()],
+        label=df.label.map(_label_names(df.label.unique())),
+    )
+    if 'group' in df:
+        df['group'] = df.group.map(
+            {s: unicodedata.normalize('NFC', s).strip() for s in df.group.unique()}
+        )
+    if 'split' in df:
+        df['split'] = df.split.map(
+            {
+                s: s.strip().lower() if s.strip().lower() in SPLITS else s
+                for s in df.split.unique()
+            }
+        )
     for c in ('path', 'label'):
         empty = df.index[df[c] == '']
-        if len(empty): raise InputError(f'{path}: line {empty[0] + 2} has no {c}; fill it in')
+        if len(empty):
+            raise InputError(f'{path}: line {empty[0] + 2} has no {c}; fill it in')
     return df
 
 # %% ../nbs/02_manifest.ipynb #4d8c4fba
 def _whole(column, path):
     "A column of whole numbers."
-    try: return pd.Series(np.array(column.tolist()).astype('int64'), column.index)
+    try:return pd.Series(np.array(column.tolist()).astype('int64'), column.index)
     except (ValueError, OverflowError): pass
     bad = column.index[~column.str.fullmatch(r'-?\d{1,18}')]
-    if len(bad): raise InputError(f'{path}: line {bad[0] + 2} has {column[bad[0]]!r} in the column {column.name}, which must hold whole numbers; fix it or rename the column')
+    if len(bad):
+        raise InputError(
+            f'{path}: line {bad[0] + 2} has {column[bad[0]]!r} in the column '
+            f'{column.name}, which must hold whole numbers; fix it or rename the column'
+        )
     return column.astype('int64')
 
 def _sizes(column, path):
     "A column of µm per pixel; empty is unknown."
-    numbers = pd.to_numeric(column.str.replace(',', '.').replace('', 'nan'), errors='coerce')
+    numbers = pd.to_numeric(
+        column.str.replace(',', '.').replace('', 'nan'), errors='coerce'
+    )
     bad = column.index[(numbers.isna() & ~column.isin(['', 'nan'])) | (numbers <= 0)]
-    if len(bad): raise InputError(f'{path}: line {bad[0] + 2} has {column[bad[0]]!r} in the column mpp, which holds µm per pixel (such as 0.5); fix it')
+    if len(bad):
+        raise InputError(
+            f'{path}: line {bad[0] + 2} has {column[bad[0]]!r} in the column mpp, '
+            f'which holds µm per pixel (such as 0.5); fix it'
+        )
     return numbers
 
 def _all_located(df, path, root, test_root) -> list[str]:
     "The files of one table; those of a second root below that one."
-    if 'store_row' in df: return [os.path.join(_bases(path)[0], p) for p in df.path]  # a prepared dataset needs no files
-    second = (df.root == 1).to_numpy() if 'root' in df and test_root else np.zeros(len(df), bool)
+    # a prepared dataset needs no files
+    if 'store_row' in df: return [os.path.join(_bases(path)[0], p) for p in df.path]
+    second = (
+        (df.root == 1).to_numpy()
+        if 'root' in df and test_root
+        else np.zeros(len(df), bool)
+    )
     found = np.empty(len(df), object)
-    for rows, where, option in ((~second, root, '--data.root'), (second, test_root, '--data.test-root')):
-        if rows.any(): found[rows] = _located(path, df.path[rows].tolist(), where, _bases(path), option)
+    for rows, where, option in (
+        (~second, root, '--data.root'),
+        (second, test_root, '--data.test-root'),
+    ):
+        if rows.any():
+            found[rows] = _located(
+                path, df.path[rows].tolist(), where, _bases(path), option
+            )
     return found.tolist()
 
 # %% ../nbs/02_manifest.ipynb #dcf46536
@@ -508,7 +761,13 @@ def save_manifest(
     whole = [os.path.abspath(p) for p in df.path]
     base = _shared_folder(whole)
     if base:
-        write_json(_card_of(path), dict(base=base, from_here=_relative(base, os.path.dirname(os.path.abspath(path)))))
+        write_json(
+            _card_of(path),
+            dict(
+                base=base,
+                from_here=_relative(base, os.path.dirname(os.path.abspath(path))),
+            ),
+        )
         whole = [p[len(base):].lstrip(os.sep).replace(os.sep, '/') for p in whole]
     return write_table(path, df.assign(path=whole))
 

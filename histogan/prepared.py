@@ -35,7 +35,8 @@ class MappedImages:
         self.path, self.rows, self.image_size = str(path), rows, image_size
         self._map = None
 
-    def __getstate__(self): return self.__dict__ | dict(_map=None)  # workers map it again
+    # workers map it again
+    def __getstate__(self): return self.__dict__ | dict(_map=None)
 
     @property
     def array(self) -> np.ndarray:  # (N, R, R, 3) uint8, read-only
@@ -69,21 +70,35 @@ def prepared_card(
     "The card of a prepared dataset, after a check that its files belong to it."
     path, again = Path(root, PREPARED), 'prepare it again'
     card = read_json(path, 'card of a prepared dataset')
-    try: version, n, px = card['format'], card['count'], card['image_size']
+    try:
+        version, n, px = card['format'], card['count'], card['image_size']
     except (KeyError, TypeError) as e:
-        raise InputError(f'{path}: is no card of a prepared dataset ({type(e).__name__}); {again}') from None
+        raise InputError(
+            f'{path}: is no card of a prepared dataset ({type(e).__name__}); {again}'
+        ) from None
     if version != PREPARED_FORMAT:
-        raise InputError(f'{path}: has format {version}, this version of histogan reads {PREPARED_FORMAT}; {again}')
+        raise InputError(
+            f'{path}: has format {version}, this version of histogan reads '
+            f'{PREPARED_FORMAT}; {again}'
+        )
     try:
         found = file_digest(Path(root, 'manifest.csv'))
         pixels = np.load(Path(root, 'images.npy'), mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError) as e:
         why = ' '.join(str(e).split())[:80]
-        raise InputError(f'{root}: a file of the prepared dataset is missing or cut off ({why}); {again}') from None
+        raise InputError(
+            f'{root}: a file of the prepared dataset is missing or cut off ({why}); '
+            f'{again}'
+        ) from None
     if found != card['manifest_sha256']:
-        raise InputError(f'{root}/manifest.csv: was changed after it was prepared; {again}')
+        raise InputError(
+            f'{root}/manifest.csv: was changed after it was prepared; {again}'
+        )
     if pixels.shape != (n, px, px, 3) or pixels.dtype != np.uint8:
-        raise InputError(f'{root}/images.npy: holds {pixels.shape} {pixels.dtype}, not {n} patches of {px} px; {again}')
+        raise InputError(
+            f'{root}/images.npy: holds {pixels.shape} {pixels.dtype}, not {n} patches '
+            f'of {px} px; {again}'
+        )
     return card
 
 # %% ../nbs/02_prepared.ipynb #4251f502
@@ -92,7 +107,19 @@ class PreparedDataset(NamedTuple):
     card: dict  # prepare.json
     manifest: pd.DataFrame  # a row for each kept patch; store_row is its place
 
-_KEPT_COLUMNS = ('path', 'label', 'root', 'group', 'split', 'width', 'height', 'sha256', 'stored', 'unit', 'mpp')
+_KEPT_COLUMNS = (
+    'path',
+    'label',
+    'root',
+    'group',
+    'split',
+    'width',
+    'height',
+    'sha256',
+    'stored',
+    'unit',
+    'mpp',
+)
 
 def load_prepared(
     root: str | Path,  # folder that `histogan.prepare` made
@@ -106,7 +133,18 @@ def load_prepared(
     return PreparedDataset(card, df)
 
 # %% ../nbs/02_prepared.ipynb #f95ff1dc
-_TEXT = ('path', 'label', 'group', 'split', 'why', 'stain', 'mode', 'sha256', 'stored', 'unit')
+_TEXT = (
+    'path',
+    'label',
+    'group',
+    'split',
+    'why',
+    'stain',
+    'mode',
+    'sha256',
+    'stored',
+    'unit',
+)
 
 def read_all(
     root: str | Path,  # folder of a prepared dataset
@@ -124,7 +162,9 @@ def verify_prepared(
     prepared_card(root)
     images = np.load(Path(root, 'images.npy'), mmap_mode='r', allow_pickle=False)
     wanted = read_all(root).stored
-    return [k for k, (w, x) in enumerate(zip(wanted, images)) if w and pixel_hash(x) != w]
+    return [
+        k for k, (w, x) in enumerate(zip(wanted, images)) if w and pixel_hash(x) != w
+    ]
 
 # %% ../nbs/02_prepared.ipynb #241304b1
 HEADER = 4096  # bytes before the first patch: one page of memory; NumPy format 1.0
@@ -135,8 +175,15 @@ def reserve_images(
     size: int,  # side; px
 ):
     "Make an array of patches, all zero, to be written at any place."
-    words = repr(dict(descr='|u1', fortran_order=False, shape=(n, size, size, 3))).encode()
-    head = b'\x93NUMPY\x01\x00' + struct.pack('<H', HEADER - 10) + words.ljust(HEADER - 11) + b'\n'
+    words = repr(
+        dict(descr='|u1', fortran_order=False, shape=(n, size, size, 3))
+    ).encode()
+    head = (
+        b'\x93NUMPY\x01\x00'
+        + struct.pack('<H', HEADER - 10)
+        + words.ljust(HEADER - 11)
+        + b'\n'
+    )
     def _zeros(f):
         f.write(head)
         f.truncate(HEADER + n*size*size*3)

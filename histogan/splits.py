@@ -17,13 +17,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 from .core import InputError, warn_line
-from .images import THUMB, _read, near_duplicates, pixel_hash, resize, stamp, thumbnail
+from histogan.images import (
+    THUMB,
+    _read,
+    near_duplicates,
+    pixel_hash,
+    resize,
+    stamp,
+    thumbnail,
+)
 from .manifest import SPLITS, named
 
 # %% ../nbs/02_splits.ipynb #360c129e
 class Inspected(NamedTuple):
     "What one pass over the files found."
-    df: pd.DataFrame  # the manifest with width, height, sha256, size, mtime_ns, perhaps mpp
+    # the manifest with width, height, sha256, size, mtime_ns, perhaps mpp
+    df: pd.DataFrame
     thumbs: np.ndarray  # (N, 32, 32) uint8 grey
     images: np.ndarray | None  # (N, R, R, 3) uint8, or None: too large
 
@@ -56,13 +65,16 @@ def inspect(
     n = len(df)
     fits = image_size and n*image_size**2*3 <= cache_mb*2**20
     thumbs = np.empty((n, THUMB, THUMB), np.uint8)
-    if images is None and fits: images = np.empty((n, image_size, image_size, 3), np.uint8)
+    if images is None and fits:
+        images = np.empty((n, image_size, image_size, 3), np.uint8)
     examine = partial(_examine, size=0 if images is None else image_size)
     rows, bad = [], []
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # set outside the threads: the filter is shared
         found = _in_threads(examine, df.path, workers or min(8, os.cpu_count() or 1))
-        for i, seen in enumerate(tqdm(found, 'reading patches', n, disable=None if progress else True)):
+        for i, seen in enumerate(
+            tqdm(found, 'reading patches', n, disable=None if progress else True)
+        ):
             if isinstance(seen, str): bad.append(seen); continue
             facts, thumbs[i], small = seen
             rows.append(facts)
@@ -93,7 +105,8 @@ def linked_groups(
         group = df.group.fillna('')
         links.append((rows, np.where(group == '', rows, _first(group))))
     one = np.unique(exact)  # one of each set of exact copies
-    if near is None and threshold < 1: near = near_duplicates(thumbs, threshold, rows=one)
+    if near is None and threshold < 1:
+        near = near_duplicates(thumbs, threshold, rows=one)
     if near is not None: links.append((near.i.to_numpy(), near.j.to_numpy()))
     a, b = (np.concatenate(side) for side in zip(*links))
     graph = coo_array((np.ones(len(a)), (a, b)), (len(df),)*2)
@@ -114,8 +127,20 @@ def find_copies(
     good = np.flatnonzero(df.sha256 != '')
     first = good[np.unique(df.sha256.iloc[good], return_index=True)[1]]
     at, again = pd.Series(first, df.sha256.iloc[first]), np.setdiff1d(good, first)
-    exact = pd.DataFrame(dict(i=at[df.sha256.iloc[again]].to_numpy(int), j=again, kind='exact', orientation=0, correlation=1.))
-    near = near_duplicates(thumbs, threshold, rows=np.sort(first)) if threshold < 1 else exact[:0]
+    exact = pd.DataFrame(
+        dict(
+            i=at[df.sha256.iloc[again]].to_numpy(int),
+            j=again,
+            kind='exact',
+            orientation=0,
+            correlation=1.0,
+        )
+    )
+    near = (
+        near_duplicates(thumbs, threshold, rows=np.sort(first))
+        if threshold < 1
+        else exact[:0]
+    )
     both = pd.concat([exact, near.assign(kind='near')])
     return both.sort_values(['i', 'j', 'orientation'], ignore_index=True)
 
@@ -126,7 +151,9 @@ def split_targets(
     test_frac: float,  # share for the test; [0, 1)
 ) -> np.ndarray:  # (3, C) int: wanted patches in train, val, test
     "How many patches each split wants; training never goes without."
-    def share(frac, most): return np.minimum(np.maximum(1, np.rint(n*frac)), most) if frac else 0*n
+    def share(frac, most):
+        return np.minimum(np.maximum(1, np.rint(n * frac)), most) if frac else 0 * n
+
     val = share(val_frac, n - 1)
     test = share(test_frac, n - 1 - val)
     return np.stack([n - val - test, val, test]).astype(int)
@@ -137,11 +164,16 @@ def _place_units(counts, target, seed) -> np.ndarray:  # (U,) split of each unit
     order = np.random.default_rng(seed).permutation(len(counts))
     size = counts.sum(1)
     order = order[np.argsort(-size[order], kind='stable')]
-    have, to, closed = np.zeros(target.shape), np.zeros(len(counts), int), target.sum(1) == 0
+    have, to, closed = (
+        np.zeros(target.shape),
+        np.zeros(len(counts), int),
+        target.sum(1) == 0,
+    )
     for u in order[size[order] > 1]:
         g = counts[u]
         cost = (g*(2*(have - target) + g)/target.clip(1)).sum(1)
-        to[u] = s = np.where(closed, np.inf, cost).argmin()  # who wants nothing gets nothing
+        # who wants nothing gets nothing
+        to[u] = s = np.where(closed, np.inf, cost).argmin()
         have[s] += g
     return _place_singles(to, counts, order[size[order] == 1], target - have)
 
@@ -161,7 +193,10 @@ def _fill_gaps(to, counts, target) -> np.ndarray:  # (U,) split of each unit
         have = np.stack([counts[to == k].sum(0) for k in range(len(target))])
         if have[s, c]: continue
         donors = np.flatnonzero((counts[:, c] > 0) & (to != s))
-        if s: donors = donors[((have[to[donors]] > counts[donors]) | (counts[donors] == 0)).all(1)]
+        if s:
+            donors = donors[
+                ((have[to[donors]] > counts[donors]) | (counts[donors] == 0)).all(1)
+            ]
         if len(donors): to[donors[size[donors].argmin()]] = s
     return to
 
@@ -183,9 +218,17 @@ def _by_dataset(df, seed) -> np.ndarray:  # (N,) 0, 1 or 2
     "Halves of the second root, without what the first root knows."
     second = df.root.values == 1
     new = set(df.label[second]) - set(df.label[~second])
-    if new: raise InputError(f'--data.test-root: has classes that --data.root has not ({", ".join(sorted(new))}); give both the same class folders')
+    if new:
+        raise InputError(
+            f'--data.test-root: has classes that --data.root has not '
+            f'({", ".join(sorted(new))}); give both the same class folders'
+        )
     known = second & df.unit.isin(df.unit[~second]).values
-    if known.any(): warn_line(f'{known.sum()} patches of --data.test-root are copies or relatives of training patches; they are moved to train')
+    if known.any():
+        warn_line(
+            f'{known.sum()} patches of --data.test-root are copies or relatives of '
+            f'training patches; they are moved to train'
+        )
     to, rows = np.zeros(len(df), int), np.flatnonzero(second & ~known)
     if len(rows): to[rows] = _place_rows(df, rows, _halves, seed)
     return to
@@ -206,19 +249,38 @@ def split(
     df = seen.df.assign(unit=linked_groups(seen.df, seen.thumbs, near_duplicate, near))
     _say_two_labels(df)
     if policy == 'manual_csv': return _checked(df)
-    if policy not in ('by_dataset', 'from_one_root'): raise InputError(f'policy {policy!r}; use from_one_root, by_dataset or manual_csv')
-    if policy == 'by_dataset': to = _by_dataset(df, seed)
-    else: to = _place_rows(df, np.arange(len(df)), partial(split_targets, val_frac=val_frac, test_frac=test_frac), seed)
+    if policy not in ('by_dataset', 'from_one_root'):
+        raise InputError(
+            f'policy {policy!r}; use from_one_root, by_dataset or manual_csv'
+        )
+    if policy == 'by_dataset':
+        to = _by_dataset(df, seed)
+    else:
+        to = _place_rows(
+            df,
+            np.arange(len(df)),
+            partial(split_targets, val_frac=val_frac, test_frac=test_frac),
+            seed,
+        )
     return df.assign(split=np.array(SPLITS)[to])
 
 # %% ../nbs/02_splits.ipynb #2377f5a5
 def _checked(df) -> pd.DataFrame:  # the same
     "A split made by hand: reported when it leaks, refused when it cannot be trained on."
-    if 'split' not in df: raise InputError('manual_csv: the manifest has no column split; add it')
+    if 'split' not in df:
+        raise InputError('manual_csv: the manifest has no column split; add it')
     lost = sorted(set(df.label) - set(df.label[df.split == 'train']))
-    if lost: raise InputError(f'manual_csv: no training patch of {", ".join(lost)}; give every class at least one')
+    if lost:
+        raise InputError(
+            f'manual_csv: no training patch of {", ".join(lost)}; give every class at '
+            f'least one'
+        )
     known = ((df.split != 'train') & df.unit.isin(df.unit[df.split == 'train'])).sum()
-    if known: warn_line(f'{known} patches outside train are copies or relatives of training patches; the split is kept as written')
+    if known:
+        warn_line(
+            f'{known} patches outside train are copies or relatives of training '
+            f'patches; the split is kept as written'
+        )
     return df
 
 def _say_two_labels(df):
@@ -227,5 +289,11 @@ def _say_two_labels(df):
     both = kinds.index[kinds > 1]
     if not len(both): return
     example = df[df.sha256 == both[0]]
-    where = ' and '.join(f'{os.path.basename(p)} in {l}' for p, l in zip(example.path[:2], example.label[:2]))
-    warn_line(f'{len(both)} pictures stand under two labels (such as {where}); remove the wrong ones')
+    where = ' and '.join(
+        f'{os.path.basename(p)} in {l}'
+        for p, l in zip(example.path[:2], example.label[:2])
+    )
+    warn_line(
+        f'{len(both)} pictures stand under two labels (such as {where}); remove the '
+        f'wrong ones'
+    )
