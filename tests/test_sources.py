@@ -12,7 +12,8 @@ import histogan.images
 from histogan.arrays import list_arrays, open_array
 from histogan.data import DataConfig, HistoDataset, open_data
 from histogan.images import MIN_SIDE, read_rgb, resize
-from histogan.manifest import added_since, classes_line, is_own, load_manifest, mark_cache, save_manifest, scan
+from histogan.folders import added_since, is_own, mark_cache, scan
+from histogan.manifest import load_manifest, save_manifest
 from histogan.core import InputError
 from conftest import run_python
 
