@@ -110,8 +110,7 @@ def _spline(size, n):
 
 # %% ../nbs/04_phantom.ipynb #b20c41af
 def noise(
-    # advanced by a number of draws that only scale decides
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # advanced; how far only scale decides
     size: int,  # pixels per side
     scale: float,  # µm between lattice points: the grain of the noise
 ) -> np.ndarray:  # (size, size) float32, mean 0, variance 1 over patches
@@ -303,8 +302,7 @@ def nuclei(
     b: tuple,  # (low, high) µm, half-axis across t
     t: np.ndarray | None = None,  # (n,) radians; None: random
     keep=None,  # function of (n, 2) points to (n,) bool; None: all
-    # (low, high): how dark, relative to the slide's darkest
-    depth: tuple = (.6, 1.),
+    depth: tuple = (.6, 1.),  # (low, high): how dark; 1: the slide's darkest
     **kw,  # hollow and soft of splat
 ) -> np.ndarray:  # (size, size) float32 in [0, 1]
     "Ellipses with axes and depths drawn from ranges."
@@ -528,8 +526,7 @@ def company(
     size: int,  # pixels per side
     h: np.ndarray,  # (size, size) haematoxylin
     e: np.ndarray,  # (size, size) eosin
-    # lymphocytes, red cells, a tear; decided: histogram < 85 %
-    chances: tuple = (.35, .2, .22),
+    chances: tuple = (.35, .2, .22),  # lymphocytes, red cells, a tear; decided
 ) -> tuple:  # h, e
     "Bystanders of every tissue: lymphocytes, red cells, a torn edge."
     near, spots = noise(rng, size, 40), partial(nuclei, rng, size)
