@@ -7,7 +7,7 @@ __all__ = ['TREES', 'AUDIT_PER_CLASS', 'BOOT', 'SHEET', 'CELL', 'histogram', 'ba
            'mean_colours', 'leaks', 'copy_counts', 'sheet', 'audit', 'AuditArgs', 'main']
 
 # %% ../nbs/09_audit.ipynb #ed1e6858
-import json, os, sys
+import json, os, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -62,7 +62,10 @@ def leak(
     n = len(np.unique(y[train]))
     if held is None or n < 2: return None
     trees = ExtraTreesClassifier(TREES, min_samples_leaf=2, class_weight='balanced',
-                                 random_state=0).fit(features[train], y[train])
+                                 random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # of few patches a class
+        trees.fit(features[train], y[train])
     said, true = trees.predict(features[test]), y[test]
     groups = df.unit[test].to_numpy()
     value, low, high = balanced_accuracy(true, said, groups)

@@ -425,7 +425,7 @@ def test_training_on_a_store_and_resuming(patches, whole, tmp_path):
     assert again.rc == 0 and (cut/'metrics_gan.csv').read_text() == (out/'metrics_gan.csv').read_text(), again.err
     other = quiet(patches, tmp_path/'other', image_size=48, seed=1, stain=P.StainOptions(method='none')); swapped = json.loads((cut/'config.json').read_text())
     swapped['data']['root'] = str(other); (cut/'config.json').write_text(json.dumps(swapped))
-    refused(run_cli(['histogan.train', '--resume', cut]), 'is not the store that the run began with')
+    refused(run_cli(['histogan.train', '--resume', cut]), 'is not the prepared dataset that the run began with')
 
 # ---- the audit
 
