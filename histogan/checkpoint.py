@@ -32,19 +32,26 @@ def _pieces(value):
     "(size, function -> bytes) of everything in a value, in order."
     if isinstance(value, torch.Tensor):
         yield 1, lambda: f'{value.dtype}{tuple(value.shape)}'.encode()
-        yield value.nbytes, lambda: value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield value.nbytes, lambda: value.detach().cpu().contiguous().reshape(-1).view(
+            torch.uint8
+        ).numpy()
     elif isinstance(value, (dict, list, tuple)):
-        yield 1, lambda: f'{type(value).__name__ if not isinstance(value, dict) else "dict"} {len(value)}'.encode()
-        for part in value.items() if isinstance(value, dict) else value: yield from _pieces(part)
-    else: yield 1, lambda: repr(value).encode()
+        kind = 'dict' if isinstance(value, dict) else type(value).__name__
+        yield 1, lambda: f'{kind} {len(value)}'.encode()
+        for part in value.items() if isinstance(value, dict) else value:
+            yield from _pieces(part)
+    else:
+        yield 1, lambda: repr(value).encode()
 
 # %% ../nbs/51_checkpoint.ipynb #6b6a6fb2
 def save_checkpoint(
     path,  # file to write, `.pt`
     state: dict,  # tensors, numbers, strings and containers of them
 ) -> Path:  # `path`
-    "Save a state atomically with its checksum, as something `weights_only=True` can read."
-    return write_file(path, lambda f: torch.save({**state, 'checksum': checksum(state)}, f))
+    "Save a state whole, with its checksum, readable with `weights_only=True`."
+    return write_file(
+        path, lambda f: torch.save({**state, 'checksum': checksum(state)}, f)
+    )
 
 # %% ../nbs/51_checkpoint.ipynb #b01366c0
 def load_checkpoint(
@@ -54,17 +61,27 @@ def load_checkpoint(
     "Load a checkpoint; never unpickles."
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such checkpoint')
-    if not zipfile.is_zipfile(path): raise InputError(f'{path}: damaged or not a checkpoint ({path.stat().st_size} bytes); use an older one')
+    if not zipfile.is_zipfile(path): raise InputError(f'{path}: damaged or not a '
+                                                      f'checkpoint '
+                                                      f'({path.stat().st_size} bytes); '
+                                                      f'use an older one')
     try:
         check_archive(path)
         state = torch.load(path, map_location=map_location, weights_only=True)
-        if not isinstance(state, dict) or 'checksum' not in state: raise InputError(f'{path}: not a histogan checkpoint (no checksum)')
+        if not isinstance(state, dict) or 'checksum' not in state:
+            raise InputError(f'{path}: not a histogan checkpoint (no checksum)')
         said = state.pop('checksum')
         found = checksum(state, path.stat().st_size)
     except InputError: raise
-    except pickle.UnpicklingError as e: raise InputError(f'{path}: refused, it holds more than tensors and plain values ({first_line(e)})') from None
-    except Exception as e: raise InputError(f'{path}: damaged ({first_line(e)}); use an older one') from None
-    if said != found: raise InputError(f'{path}: damaged (its checksum is {found[:8]}…, not {str(said)[:8]}…); use an older one')
+    except pickle.UnpicklingError as e: raise InputError(f'{path}: refused, it holds '
+                                                         f'more than tensors and plain '
+                                                         f'values '
+                                                         f'({first_line(e)})') from None
+    except Exception as e: raise InputError(f'{path}: damaged ({first_line(e)}); use '
+                                            f'an older one') from None
+    if said != found: raise InputError(f'{path}: damaged (its checksum is '
+                                       f'{found[:8]}…, not {str(said)[:8]}…); use an '
+                                       f'older one')
     return state
 
 # %% ../nbs/51_checkpoint.ipynb #53f5a26c
@@ -73,10 +90,20 @@ def check_archive(
 ):
     "Refuse an archive that torch did not write, or whose bytes have changed."
     with zipfile.ZipFile(path) as z:
-        swollen = any(r.compress_type != zipfile.ZIP_STORED for r in z.infolist()) or sum(r.file_size for r in z.infolist()) > path.stat().st_size
-        if swollen: raise InputError(f'{path}: refused, it unfolds to more than its own size; not written by histogan')
+        swollen = (
+            any(r.compress_type != zipfile.ZIP_STORED for r in z.infolist())
+            or sum(r.file_size for r in z.infolist()) > path.stat().st_size
+        )
+        if swollen:
+            raise InputError(
+                f'{path}: refused, it unfolds to more than its own size; not written '
+                f'by histogan'
+            )
         torn = z.testzip()  # CRC-32 of every record
-    if torn: raise InputError(f'{path}: damaged (wrong checksum in {torn}); use an older one')
+    if torn:
+        raise InputError(
+            f'{path}: damaged (wrong checksum in {torn}); use an older one'
+        )
 
 # %% ../nbs/51_checkpoint.ipynb #909f2b33
 def first_line(
@@ -92,9 +119,14 @@ def misfit(
 ) -> str:  # '' when all fits
     "The first weight of another architecture, in words."
     if not isinstance(saved, dict): return 'the file holds no weights for it'
-    shape = lambda weights, k: tuple(getattr(weights[k], 'shape', ('no tensor',))) if k in weights else 'not there'
+    shape = lambda weights, k: (
+        tuple(getattr(weights[k], 'shape', ('no tensor',)))
+        if k in weights
+        else 'not there'
+    )
     for k in [*here, *saved]:
-        if shape(here, k) != shape(saved, k): return f'{k} is {shape(saved, k)} in the file and {shape(here, k)} here'
+        if shape(here, k) != shape(saved, k):
+            return f'{k} is {shape(saved, k)} in the file and {shape(here, k)} here'
     return ''
 
 # %% ../nbs/51_checkpoint.ipynb #1283156b
@@ -111,7 +143,10 @@ def checkpoints(
 ) -> list[Path]:  # oldest first
     "All step checkpoints of a run."
     found = (Path(folder) / 'checkpoints').glob('cgan_step*.pt')
-    return sorted((p for p in found if re.fullmatch(r'cgan_step\d+\.pt', p.name)), key=lambda p: int(p.stem[9:]))
+    return sorted(
+        (p for p in found if re.fullmatch(r'cgan_step\d+\.pt', p.name)),
+        key=lambda p: int(p.stem[9:]),
+    )
 
 # %% ../nbs/51_checkpoint.ipynb #012c356c
 def prune(
@@ -120,7 +155,11 @@ def prune(
     every: int = 0,  # keep for good at multiples of it; steps; 0 = none
 ) -> list[Path]:  # the files removed
     "Remove all but the newest checkpoints and the milestones."
-    old = [p for p in (checkpoints(folder)[:-keep] if keep else []) if not every or int(p.stem[9:]) % every]
+    old = [
+        p
+        for p in (checkpoints(folder)[:-keep] if keep else [])
+        if not every or int(p.stem[9:]) % every
+    ]
     for p in old: p.unlink()
     return old
 
@@ -131,8 +170,17 @@ def generator_card(
     **facts,  # plain values worth keeping: step, metric, preset
 ) -> dict:  # JSON-able
     "What a file of weights cannot say about itself."
-    if len(classes) != G.cfg.num_classes: raise ValueError(f'{len(classes)} class names for a generator of {G.cfg.num_classes} classes')
-    return dict(format='histogan.generator', version=1, config=dataclasses.asdict(G.cfg), classes=list(classes), **facts)
+    if len(classes) != G.cfg.num_classes:
+        raise ValueError(
+            f'{len(classes)} class names for a generator of {G.cfg.num_classes} classes'
+        )
+    return dict(
+        format='histogan.generator',
+        version=1,
+        config=dataclasses.asdict(G.cfg),
+        classes=list(classes),
+        **facts,
+    )
 
 # %% ../nbs/51_checkpoint.ipynb #e99e945d
 def export_generator(

@@ -12,7 +12,8 @@ __all__ = ['PRESETS', 'OLD_KEYS', 'OLD_VALUES', 'FIXED', 'FREE', 'OptimConfig', 
 import os
 
 # %% ../nbs/50_config.ipynb #57848abd
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')  # before torch loads its OpenMP: see "Threads" in 54_train
+# before torch loads its OpenMP: see "Threads" in 54_train
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 # %% ../nbs/50_config.ipynb #788c73f3
 import contextlib, dataclasses, difflib, io, json, re, types, typing
@@ -45,11 +46,15 @@ class OptimConfig:
     warmup: int = 0  # steps of linear warm-up ('tail' only); modern 50
 
     def __post_init__(self):
-        if min(self.lr_g, self.lr_d) <= 0: raise ValueError('optim.lr_g and optim.lr_d must be > 0')
-        if not all(0 <= b < 1 for b in self.betas): raise ValueError('optim.betas must lie in [0, 1)')
+        if min(self.lr_g, self.lr_d) <= 0:
+            raise ValueError('optim.lr_g and optim.lr_d must be > 0')
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError('optim.betas must lie in [0, 1)')
         if self.grad_clip <= 0: raise ValueError('optim.grad_clip must be > 0')
-        if not 0 <= self.lr_final_ratio <= 1: raise ValueError('optim.lr_final_ratio must lie in [0, 1]')
-        if min(self.total_steps_estimate, self.warmup) < 0: raise ValueError('optim.total_steps_estimate and optim.warmup must be ≥ 0')
+        if not 0 <= self.lr_final_ratio <= 1:
+            raise ValueError('optim.lr_final_ratio must lie in [0, 1]')
+        if min(self.total_steps_estimate, self.warmup) < 0:
+            raise ValueError('optim.total_steps_estimate and optim.warmup must be ≥ 0')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-2
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class RunConfig:
     save_every: int = 800  # SAVE_EVERY: steps between checkpoints; seed
     keep: int = 3  # newest checkpoints kept; 0 = all; decided
     keep_every: int = 0  # every k-th checkpoint is kept for good; 0 = none
-    best_metric: Literal['selection', 'fd', 'none'] = 'fd'  # what picks cgan_best_model.pt; see 54_train
+    # what picks cgan_best_model.pt; see 54_train
+    best_metric: Literal['selection', 'fd', 'none'] = 'fd'
     n_eval: int = 450  # fakes per evaluation, at least; measured, 54_train
     d4: bool = False  # one of eight flips/quarter turns of each real; modern True
     share_fakes: bool = False  # one G pass for D and G step; modern True
-    amp: Literal['off', 'auto', 'fp16', 'bf16'] = 'off'  # USE_AMP = False; seed; modern auto
+    # USE_AMP = False; seed; modern auto
+    amp: Literal['off', 'auto', 'fp16', 'bf16'] = 'off'
     channels_last: bool = True  # NHWC memory; faster on CPU and GPU
     device: str = 'auto'  # 'auto' = cuda when there is one, else cpu
     threads: int = 0  # CPU threads; 0 = torch's own choice
@@ -75,15 +82,31 @@ class RunConfig:
 
     def __post_init__(self):
         if self.epochs < 1: raise ValueError('run.epochs must be ≥ 1')
-        if min(self.sample_every, self.save_every) < 1: raise ValueError('run.sample_every and run.save_every must be ≥ 1')
-        if min(self.max_hours, self.steps, self.keep, self.keep_every, self.threads, self.seed) < 0: raise ValueError('run.max_hours, run.steps, run.keep, run.keep_every, run.threads and run.seed must be ≥ 0')
+        if min(self.sample_every, self.save_every) < 1:
+            raise ValueError('run.sample_every and run.save_every must be ≥ 1')
+        if (
+            min(
+                self.max_hours,
+                self.steps,
+                self.keep,
+                self.keep_every,
+                self.threads,
+                self.seed,
+            )
+            < 0
+        ):
+            raise ValueError(
+                'run.max_hours, run.steps, run.keep, run.keep_every, run.threads and '
+                'run.seed must be ≥ 0'
+            )
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-3
 @dataclass(frozen=True)
 class PhantomConfig:
     "The embedded data set, drawn when `data.root` is `phantom`."
-    per_class: int = 300  # patches of each of the nine classes; decided: drawn in seconds
+    # patches of each of the nine classes; decided: drawn in seconds
+    per_class: int = 300
     seed: int = 0  # another seed is another set of slides
 
     def __post_init__(self):
@@ -103,7 +126,9 @@ class Config:
     "Everything that decides what a run computes."
     preset: str = 'poc'  # the preset these values started from
     out: str = 'outputs/06b_cgan_ia'  # folder of the run; seed
-    encoder: str = 'none'  # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], random:SEED; several with +
+    # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], random:SEED;
+    # several with +
+    encoder: str = 'none'
     encoder_cache: bool = False  # keep the vectors of reals; exact without augmentation
     heads: bool = False  # discriminator heads on the encoder's maps
     data: DataConfig = field(default_factory=DataConfig)  # patches, splits, batches
@@ -116,17 +141,22 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)  # alpha gate
     sat: SaturationConfig = field(default_factory=SaturationConfig)  # saturation guard
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)  # NaN guard
-    selection: SelectionConfig = field(default_factory=SelectionConfig)  # what a checkpoint must show
+    # what a checkpoint must show
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)  # average of G
     run: RunConfig = field(default_factory=RunConfig)  # length and cadence
     # hashes of what the run was trained with
     made: Annotated[MadeConfig, tyro.conf.Suppress] = field(default_factory=MadeConfig)
 
     def __post_init__(self):
-        if not self.heads and not self.d.pixel: raise ValueError('heads and d.pixel are both off: no discriminator is left')
-        if self.heads and self.encoder == 'none': raise ValueError('heads need an encoder: give encoder, for example cnn')
+        if not self.heads and not self.d.pixel:
+            raise ValueError('heads and d.pixel are both off: no discriminator is left')
+        if self.heads and self.encoder == 'none':
+            raise ValueError('heads need an encoder: give encoder, for example cnn')
         if self.d.pair and not self.data.pairs:
-            raise ValueError('d.pair needs data.pairs: pair heads judge two images of a class')
+            raise ValueError(
+                'd.pair needs data.pairs: pair heads judge two images of a class'
+            )
 
     @property
     def is_phantom(self) -> bool:
@@ -148,35 +178,68 @@ def modern(
     res: int = 256,  # side of the image; px; power of two ≥ 16
 ) -> Config:
     "The preset that learns: heads on a frozen encoder, pairs, layouts."
+    zero = ('r1_gamma drift_eps lambda_stats lambda_perceptual lambda_saturation '
+            'lambda_feature_matching').split()
+    g = GeneratorConfig(
+        img_res=res, z_dim=128, w_dim=128, n_layers=2, cond='concat', stem='linear',
+        channels=widths_for((96, 64, 48, 24, 16), res), up='conv_first', to_rgb='skip',
+        noise_init=0.1, output_clamp='none', use_style_mixing=False)
+    loss = LossConfig(
+        adversarial='relativistic', adv_weight=1.5, use_mixing_reg=False,
+        pair_weight=0.5, layout_weight=1.0, **dict.fromkeys(zero, 0.0))
+    optim = OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1,
+                        total_steps_estimate=0, warmup=50)
+    run = RunConfig(best_metric='selection', d4=True, share_fakes=True, amp='auto')
     return Config(
-        preset='modern', out='outputs/modern', encoder='cnn', heads=True,
+        preset='modern', out='outputs/modern', encoder='cnn', heads=True, g=g,
         data=DataConfig(image_size=res, batch_size=16, pairs=True),
-        g=GeneratorConfig(img_res=res, z_dim=128, w_dim=128, n_layers=2, channels=widths_for((96, 64, 48, 24, 16), res), cond='concat',
-                          stem='linear', up='conv_first', to_rgb='skip', noise_init=0.1, output_clamp='none', use_style_mixing=False),
-        d=DiscriminatorConfig(img_res=res, pixel=False),
-        loss=LossConfig(adversarial='relativistic', adv_weight=1.5, r1_gamma=0.0, drift_eps=0.0, lambda_stats=0.0, lambda_perceptual=0.0,
-                        lambda_saturation=0.0, lambda_feature_matching=0.0, use_mixing_reg=False, pair_weight=0.5, layout_weight=1.0),
-        optim=OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1, total_steps_estimate=0, warmup=50),
-        ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True), ema=EmaConfig(half_life_img=3000.0),
-        run=RunConfig(best_metric='selection', d4=True, share_fakes=True, amp='auto'))
+        d=DiscriminatorConfig(img_res=res, pixel=False), loss=loss, optim=optim,
+        ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True),
+        ema=EmaConfig(half_life_img=3000.0), run=run)
 
 # %% ../nbs/50_config.ipynb #16338ff3
 def _demo() -> Config:
     "`modern` at 64 px on the phantom."
     base = modern(64)
-    return replace(base, preset='demo', out='outputs/demo', data=replace(base.data, root='phantom', test_frac=0.0),
-                   run=replace(base.run, steps=2500, sample_every=250, save_every=500))
+    return replace(
+        base,
+        preset='demo',
+        out='outputs/demo',
+        data=replace(base.data, root='phantom', test_frac=0.0),
+        run=replace(base.run, steps=2500, sample_every=250, save_every=500),
+    )
 
 # %% ../nbs/50_config.ipynb #ae5b2caa
 def _smoke() -> Config:
     "`demo` cut to 20 steps, on whatever patches are there."
     base = _demo()
-    return replace(base, preset='smoke', out='outputs/smoke', encoder='random:0', phantom=PhantomConfig(per_class=8),
-                   data=replace(base.data, image_size=32, batch_size=8), g=replace(base.g, img_res=32, channels=(32, 32, 16, 16)),
-                   d=replace(base.d, img_res=32), run=replace(base.run, steps=20, sample_every=10, save_every=10, n_eval=36, best_metric='fd', amp='off'))
+    return replace(
+        base,
+        preset='smoke',
+        out='outputs/smoke',
+        encoder='random:0',
+        phantom=PhantomConfig(per_class=8),
+        data=replace(base.data, image_size=32, batch_size=8),
+        g=replace(base.g, img_res=32, channels=(32, 32, 16, 16)),
+        d=replace(base.d, img_res=32),
+        run=replace(
+            base.run,
+            steps=20,
+            sample_every=10,
+            save_every=10,
+            n_eval=36,
+            best_metric='fd',
+            amp='off',
+        ),
+    )
 
 # %% ../nbs/50_config.ipynb #5aec8b10
-PRESETS = {'demo': _demo(), 'modern': modern(), 'poc': Config(preset='poc'), 'smoke': _smoke()}
+PRESETS = {
+    'demo': _demo(),
+    'modern': modern(),
+    'poc': Config(preset='poc'),
+    'smoke': _smoke(),
+}
 
 # %% ../nbs/50_config.ipynb #1c302799
 def from_dict(
@@ -204,7 +267,8 @@ def _value(hint, v, where):
     if kind is Annotated: return _value(args[0], v, where)
     if kind is tuple and isinstance(v, (list, tuple)):
         hints = args[:1] * len(v) if args[1:] == (...,) else args
-        if len(hints) == len(v): return tuple(_value(h, x, where) for h, x in zip(hints, v))
+        if len(hints) == len(v):
+            return tuple(_value(h, x, where) for h, x in zip(hints, v))
     elif kind in (typing.Union, types.UnionType):
         for h in args:
             try: return _value(h, v, where)
@@ -253,7 +317,8 @@ def renewed(
     at = lambda key: (data.get(key.rpartition('.')[0]) if '.' in key else data)
     for old, new in OLD_KEYS.items():
         place, was, now = at(old), old.rpartition('.')[2], new.rpartition('.')[2]
-        if isinstance(place, dict) and was in place: place.setdefault(now, place.pop(was))
+        if isinstance(place, dict) and was in place:
+            place.setdefault(now, place.pop(was))
     for (key, old), new in OLD_VALUES.items():
         place, name = at(key), key.rpartition('.')[2]
         if isinstance(place, dict) and place.get(name) == old: place[name] = new
@@ -267,10 +332,14 @@ def load_config(
     path = Path(path)
     path = path / 'config.json' if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f'{path}: no such file; give the folder of a run or its config.json')
+        raise InputError(
+            f'{path}: no such file; give the folder of a run or its config.json'
+        )
     data = read_json(path, 'configuration')
-    try: return from_dict(Config, renewed(data))
-    except (TypeError, ValueError, AttributeError) as e: raise InputError(f'{path}: {e}') from None
+    try:
+        return from_dict(Config, renewed(data))
+    except (TypeError, ValueError, AttributeError) as e:
+        raise InputError(f'{path}: {e}') from None
 
 # %% ../nbs/50_config.ipynb #58920cdb
 def save_config(
@@ -282,7 +351,7 @@ def save_config(
 
 # %% ../nbs/50_config.ipynb #87cb7d2c
 def _fitted_maps(d, encoder, res):
-    "What the options of D need to know of the encoder's maps; old options need nothing."
+    "What the options of D need to know of the encoder's maps."
     if encoder is None: return dict(pair_maps=(), sides=(), counts=())
     ends = accumulate(encoder.map_counts) if d.pair else ()
     return dict(pair_maps=tuple(end - 1 for end in ends),  # the coarsest of each
@@ -298,8 +367,23 @@ def fit_to_data(
     "Fill in what the data and the encoder decide."
     res = cfg.data.image_size
     maps = tuple(encoder.map_channels) if cfg.heads and encoder is not None else ()
-    return replace(cfg, g=replace(cfg.g, num_classes=num_classes, img_res=res, channels=widths_for(cfg.g.channels, res)),
-                   d=replace(cfg.d, num_classes=num_classes, img_res=res, heads=maps, **_fitted_maps(cfg.d, encoder if maps else None, res), duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0))
+    return replace(
+        cfg,
+        g=replace(
+            cfg.g,
+            num_classes=num_classes,
+            img_res=res,
+            channels=widths_for(cfg.g.channels, res),
+        ),
+        d=replace(
+            cfg.d,
+            num_classes=num_classes,
+            img_res=res,
+            heads=maps,
+            **_fitted_maps(cfg.d, encoder if maps else None, res),
+            duet_dim=encoder.dim if encoder is not None and cfg.d.pixel else 0
+        ),
+    )
 
 # %% ../nbs/50_config.ipynb #d614b495
 def device_name(
@@ -307,7 +391,11 @@ def device_name(
 ) -> str:  # 'cpu', 'cuda', 'cuda:0', …
     "What `run.device` stands for; of several processes each has a GPU of its own."
     import torch
-    name = cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    name = (
+        cfg.run.device
+        if cfg.run.device != 'auto'
+        else 'cuda' if torch.cuda.is_available() else 'cpu'
+    )
     return f'cuda:{local_rank()}' if name.startswith('cuda') and world() > 1 else name
 
 # %% ../nbs/50_config.ipynb #43f4af64
@@ -317,8 +405,12 @@ def pick_device(
     "The device of this process."
     import torch
     name = device_name(cfg)
-    try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError): raise InputError(f'--run.device {name}: not available on this machine; use cpu') from None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(
+            f'--run.device {name}: not available on this machine; use cpu'
+        ) from None
 
 # %% ../nbs/50_config.ipynb #7cff809e
 def pick_amp(
@@ -328,9 +420,20 @@ def pick_amp(
     "What `auto` means here: half precision where the processor computes in it."
     if cfg.run.amp != 'auto': return cfg.run.amp
     import torch
-    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
-    has = lambda feature: getattr(torch.cpu, f'_is_{feature}_supported', lambda: False)()
-    return 'bf16' if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile')) else 'off'
+    if device.type == 'cuda':
+        return (
+            'bf16'
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else 'fp16'
+        )
+    has = lambda feature: getattr(
+        torch.cpu, f'_is_{feature}_supported', lambda: False
+    )()
+    return (
+        'bf16'
+        if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile'))
+        else 'off'
+    )
 
 # %% ../nbs/50_config.ipynb #90f52e9c-5
 @dataclass(frozen=True)
@@ -338,7 +441,8 @@ class TrainArgs:
     "Train a class-conditional GAN on histology patches."
     config: Annotated[Config, tyro.conf.arg(name='')]  # the configuration
     resume: str = ''  # folder of a run to go on with; auto: --out, if a run is there
-    allow_change: tuple[str, ...] = ()  # fields that may differ on resume, as optim.lr_g
+    # fields that may differ on resume, as optim.lr_g
+    allow_change: tuple[str, ...] = ()
     dry_run: bool = False  # print size, memory and time, train nothing
 
 # %% ../nbs/50_config.ipynb #1f385151
@@ -351,7 +455,11 @@ def option_names(
     for name, hint in typing.get_type_hints(cls).items():
         if hint is MadeConfig: continue
         dotted = prefix if name == 'config' else f"{prefix}{name.replace('_', '-')}"
-        names += option_names(hint, prefix if name == 'config' else dotted + '.') if dataclasses.is_dataclass(hint) else [dotted]
+        names += (
+            option_names(hint, prefix if name == 'config' else dotted + '.')
+            if dataclasses.is_dataclass(hint)
+            else [dotted]
+        )
     return names
 
 # %% ../nbs/50_config.ipynb #c9455b2a
@@ -360,12 +468,23 @@ def parse_args(
     default: str = 'demo',  # preset when --preset is not given
 ) -> TrainArgs:  # InputError is one line; --help exits 0
     "Preset first, then every other option over it."
-    argv = [a.replace('=', ' ', 1).split(' ', 1) if a.startswith('--') and '=' in a else [a] for a in argv]
+    argv = [
+        a.replace('=', ' ', 1).split(' ', 1) if a.startswith('--') and '=' in a else [a]
+        for a in argv
+    ]
     argv = [part for group in argv for part in group]
-    given = {name: value for name, value in zip(argv, argv[1:]) if name in ('--preset', '--resume', '--out', '--data.image-size')}
+    given = {
+        name: value
+        for name, value in zip(argv, argv[1:])
+        if name in ('--preset', '--resume', '--out', '--data.image-size')
+    }
     preset, resume = given.get('--preset', default), given.get('--resume', '')
     if resume and resume != 'auto': return resume_args(argv, resume)
-    if preset not in PRESETS: raise InputError(f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}' + suggestion(preset, PRESETS))
+    if preset not in PRESETS:
+        raise InputError(
+            f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}'
+            + suggestion(preset, PRESETS)
+        )
     out = given.get('--out', PRESETS[preset].out)
     if resume and Path(out, 'config.json').exists(): return resume_args(argv, out)
     base = sized(PRESETS[preset], given.get('--data.image-size', ''))
@@ -376,10 +495,12 @@ def sized(
     cfg: Config,  # a preset
     size: str,  # what follows --data.image-size; '' = nothing
 ) -> Config:  # its generator at that size, so that --g.channels is counted against it
-    "Widths for the size asked for; a size that is none is left for the parser to refuse."
+    "Widths for the size asked for; what is no size is left for the parser to refuse."
     res = int(size) if size.isdecimal() else 0
     if res < 16 or res & (res - 1): return cfg
-    return replace(cfg, g=replace(cfg.g, img_res=res, channels=widths_for(cfg.g.channels, res)))
+    return replace(
+        cfg, g=replace(cfg.g, img_res=res, channels=widths_for(cfg.g.channels, res))
+    )
 
 # %% ../nbs/50_config.ipynb #0fb354ce
 _SPLIT = 'the split was made when the run began and stands in artifacts/manifest.csv'
@@ -405,13 +526,19 @@ def resume_args(
 ) -> TrainArgs:  # InputError names a field that differs
     "The configuration of the run, and nothing else unless allowed."
     saved = replace(load_config(folder), out=folder)
-    args = tyro_parse(TrainArgs, argv, default=TrainArgs(replace(saved, g=replace(saved.g, channels=()))))
+    args = tyro_parse(
+        TrainArgs,
+        argv,
+        default=TrainArgs(replace(saved, g=replace(saved.g, channels=()))),
+    )
     cfg = fitted_like(args.config, saved)
     for name in differing(saved, cfg):
         option, why = '--' + name.replace('_', '-'), fixed(name)
         if name not in args.allow_change:
             way = '' if why else f', or add --allow-change {name}'
-            raise InputError(f'{option}: differs from the run in {folder}; leave it out{way}')
+            raise InputError(
+                f'{option}: differs from the run in {folder}; leave it out{way}'
+            )
         if why: raise InputError(f'{option}: cannot be changed in {folder}: {why}')
     return replace(args, config=cfg, resume=folder)
 
@@ -421,11 +548,25 @@ def fitted_like(
     run: Config,  # of a run, fitted to its data
 ) -> Config:  # fitted to the same data
     "What `fit_to_data` decided for the run, decided again."
-    g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels)
-    decided = 'num_classes', 'img_res', 'heads', 'duet_dim', 'pair_maps', 'sides', 'counts'
+    g = dict(
+        num_classes=run.g.num_classes,
+        img_res=run.g.img_res,
+        channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels,
+    )
+    decided = (
+        'num_classes',
+        'img_res',
+        'heads',
+        'duet_dim',
+        'pair_maps',
+        'sides',
+        'counts',
+    )
     d = {k: getattr(run.d, k) for k in decided}
     amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
-    return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp))
+    return replace(
+        cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp)
+    )
 
 # %% ../nbs/50_config.ipynb #eb8044c6
 def differing(
@@ -452,19 +593,34 @@ def tyro_parse(
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
-            args, unknown = tyro.cli(cls, args=argv, prog=f'python -m {prog}', default=default if default is not None else tyro.MISSING_NONPROP, return_unknown_args=True)
+            args, unknown = tyro.cli(
+                cls,
+                args=argv,
+                prog=f'python -m {prog}',
+                default=default if default is not None else tyro.MISSING_NONPROP,
+                return_unknown_args=True,
+            )
     except SystemExit as e:
         if not e.code: raise
         raise InputError(one_line(heard.getvalue())) from None
-    except ValueError as e: raise InputError(str(e)) from None
-    if unknown: raise InputError(f'{unknown[0]}: unknown option{suggestion(unknown[0], option_names(cls))}; --help lists them all')
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    if unknown:
+        raise InputError(
+            f'{unknown[0]}: unknown option{suggestion(unknown[0], option_names(cls))}; '
+            f'--help lists them all'
+        )
     return args
 
 # %% ../nbs/50_config.ipynb #d9972ccf
+_END = r'For full helptext|For more information|Argument helptext'
+_FRAME = r'[╭╮╰╯│─┃━]+|-{5,}|\x1b\[[0-9;]*m'
+_START = (r'^(Parsing error|Value error|Invalid choice|Unrecognized options|'
+          r'Missing \w+)\s+|Error parsing (config\.\w+: )?')
+
 def one_line(
     text: str,  # what tyro printed
 ) -> str:  # its words without frames, ends at the first sentence
     "A boxed message as a single line."
-    text = re.sub(r'[╭╮╰╯│─┃━]+|-{5,}|\x1b\[[0-9;]*m', ' ', text)
-    text = ' '.join(re.split(r'For full helptext|For more information|Argument helptext', text)[0].split())
-    return re.sub(r'^(Parsing error|Value error|Invalid choice|Unrecognized options|Missing \w+)\s+|Error parsing (config\.\w+: )?', '', text)
+    words = re.split(_END, re.sub(_FRAME, ' ', text))[0].split()
+    return re.sub(_START, '', ' '.join(words))

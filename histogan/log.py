@@ -33,12 +33,16 @@ class RunLog:
         step: int = 0,  # rows after this step are cut off
         tensorboard: bool = False,  # write for TensorBoard too
     ):
-        self.csv, self.events = (Path(folder, n) for n in ('metrics_gan.csv', 'events.jsonl'))
+        self.csv, self.events = (
+            Path(folder, n) for n in ('metrics_gan.csv', 'events.jsonl')
+        )
         self.columns = continue_table(self.csv, step)
         continue_events(self.events, step)
         self.files = [open(p, 'a', newline='', encoding='utf-8')
                       for p in (self.csv, self.events)]
-        self.writer = csv.DictWriter(self.files[0], self.columns, restval='', lineterminator='\n')
+        self.writer = csv.DictWriter(
+            self.files[0], self.columns, restval='', lineterminator='\n'
+        )
         self.board = open_board(folder, step) if tensorboard else None
         # seconds of this process, and of them spent on evaluating checkpoints
         self.started, self.spent = time.monotonic(), 0.0
@@ -59,7 +63,9 @@ def event(self: RunLog,
     "One line of events.jsonl."
     self.files[1].write(json.dumps(values) + '\n')
     if self.board:
-        self.board.add_text(f'events/{values["guard"]}', json.dumps(values), values['step'])
+        self.board.add_text(
+            f'events/{values["guard"]}', json.dumps(values), values['step']
+        )
 
 # %% ../nbs/53_log.ipynb #930b9165
 @patch
@@ -109,7 +115,8 @@ def continue_table(
 ) -> tuple:  # columns of the rows to come
     "Drop rows after the checkpoint; put older rows under today's columns."
     first, *rows = [l.split(',') for l in records(path)] or [list(COLUMNS)]
-    if 'step' not in first: raise InputError(f'{path}: has no column step; not the table of a run')
+    if 'step' not in first:
+        raise InputError(f'{path}: has no column step; not the table of a run')
     columns = (*COLUMNS, *(c for c in first if c not in COLUMNS))
     kept = [dict(zip(first, r)) for r in rows if int(r[first.index('step')]) <= step]
     lines = [columns, *([r.get(c, '') for c in columns] for r in kept)]
@@ -128,7 +135,8 @@ def open_board(
                          'pip install tensorboard, or leave the option out') from None
     return SummaryWriter(str(Path(folder, 'tensorboard')), purge_step=step + 1)
 
-_GROUPS = {'d_': 'D', 'g_': 'G', 'real_': 'pixels', 'fake_': 'pixels', 'lr_': 'learning rate'}
+_GROUPS = {'d_': 'D', 'g_': 'G', 'real_': 'pixels', 'fake_': 'pixels',
+           'lr_': 'learning rate'}
 
 def board_row(
     board,  # SummaryWriter
@@ -153,7 +161,11 @@ def sample(
     out = []
     for part in y.split(batch):
         z, noise = G.draw_z(len(part), gen), G.draw_noise(len(part), gen)
-        out.append(G(z.to(dev), part.to(dev), noise=[n.to(dev) for n in noise]).float().clamp(-1, 1))
+        out.append(
+            G(z.to(dev), part.to(dev), noise=[n.to(dev) for n in noise])
+            .float()
+            .clamp(-1, 1)
+        )
     return torch.cat(out)
 
 # %% ../nbs/53_log.ipynb #ffc0ea1a
@@ -248,10 +260,10 @@ def opening_line(
     folder: Path,  # of the run
 ) -> str:
     "What is about to happen, in one line; louder when something will not."
-    n = {k: sum(p.numel() for p in getattr(s, k).parameters()) / 1e6 for k in ('G', 'D')}
+    G, D = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (s.G, s.D))
     many = f', {world()} processes' if world() > 1 else ''
     line = (f'{s.cfg.preset}: {len(s.classes)} classes, {patches} training patches, '
-            f'{s.cfg.data.image_size} px, G {n["G"]:.2f} M, D {n["D"]:.2f} M, '
+            f'{s.cfg.data.image_size} px, G {G:.2f} M, D {D:.2f} M, '
             f'steps {s.step} to {s.total} on {s.device}, into {folder}{many}')
     return '\n'.join([line, *_notes(s)])
 
@@ -259,10 +271,12 @@ def _notes(s):
     "What the user should know before the first step."
     if s.encoder is None and s.cfg.preset == 'poc': yield why_no_encoder()
     load = getattr(os, 'getloadavg', lambda: (0.0,))()[0]  # Windows has none
-    if load > (os.cpu_count() or 1):
-        yield (f'note: the machine is busy (load {load:.1f} on {os.cpu_count()} cores); '
+    cores = os.cpu_count() or 1
+    if load > cores:
+        yield (f'note: the machine is busy (load {load:.1f} on {cores} cores); '
                'steps will take longer')
-    hidden = [f'{d} for {c!r}' for c, d in zip(s.classes, drawable(s.classes)) if c != d]
+    names = zip(s.classes, drawable(s.classes))
+    hidden = [f'{d} for {c!r}' for c, d in names if c != d]
     if hidden:
         yield ('note: the font of the sample grids lacks letters of some names; '
                f'they are drawn as {", ".join(hidden)}')
@@ -299,11 +313,13 @@ def panels(
 ) -> list:  # (title, columns, thresholds)
     "What the figure of a run shows, from top to bottom."
     accuracy = [cfg.ada.ada_target, cfg.gate.acc_gate_hi, cfg.gate.acc_gate_lo]
-    return [('losses', ['d_loss', 'g_loss'], []),
-            ('accuracy of D on reals', ['acc_ema'], accuracy),
-            ('ada_p, alpha', ['ada_p', 'alpha'], [cfg.ada.ada_max_p, cfg.gate.alpha_max]),
-            ('mean |x|', ['real_mean_abs', 'fake_mean_abs', 'limit'], []),
-            ('gradient norm', ['d_grad_norm', 'g_grad_norm'], [cfg.optim.grad_clip])]
+    return [
+        ('losses', ['d_loss', 'g_loss'], []),
+        ('accuracy of D on reals', ['acc_ema'], accuracy),
+        ('ada_p, alpha', ['ada_p', 'alpha'], [cfg.ada.ada_max_p, cfg.gate.alpha_max]),
+        ('mean |x|', ['real_mean_abs', 'fake_mean_abs', 'limit'], []),
+        ('gradient norm', ['d_grad_norm', 'g_grad_norm'], [cfg.optim.grad_clip]),
+    ]
 
 def plot_curves(
     folder,  # of a run
@@ -315,7 +331,8 @@ def plot_curves(
     df = read_table(folder / 'metrics_gan.csv', numbers=lambda c: True)
     df['limit'] = [saturation_threshold(cfg.sat, m) for m in df.real_mean_abs]
     fig, axes = plt.subplots(5, 1, figsize=(8, 11), sharex=True)
-    for ax, panel in zip(axes, panels(cfg)): _panel(ax, df, *panel, folder / 'events.jsonl')
+    for ax, panel in zip(axes, panels(cfg)):
+        _panel(ax, df, *panel, folder / 'events.jsonl')
     axes[-1].set_xlabel('step')
     fig.tight_layout()
     target = folder / 'artifacts' / 'curves.png'
@@ -343,4 +360,5 @@ def mark_events(
     "One thin line per guard event, coloured by guard."
     for e in map(json.loads, records(path)):
         colour = _COLOURS.get(e['guard'], 'tab:purple')
-        if e['action'] != 'scored': ax.axvline(e['step'], color=colour, lw=0.6, alpha=0.6)
+        if e['action'] != 'scored':
+            ax.axvline(e['step'], color=colour, lw=0.6, alpha=0.6)

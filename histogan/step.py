@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
            'load_state_dict', 'in_force', 'build', 'reseed', 'drawn', 'whole_batch', 'EncodedBatch', 'wants_encoder',
-           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'norms_once', 'can_fuse', 'Terms',
-           'd_step', 'd_terms', 'r1_of', 'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances',
+           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'norms_once', 'Terms', 'd_step',
+           'd_terms', 'r1_of', 'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances',
            'pixel_stats', 'after_d', 'after_g', 'lrs_at', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
 
 # %% ../nbs/52_step.ipynb #f9850b21
@@ -95,7 +95,9 @@ def load_state_dict(
 ) -> TrainState:  # `s`; InputError names the part that does not fit
     "Continue where `saved` was."
     if (found := saved.get('classes')) != s.classes:
-        raise InputError(f'checkpoint: it is of the classes {found}, the run of {s.classes}')
+        raise InputError(
+            f'checkpoint: it is of the classes {found}, the run of {s.classes}'
+        )
     for name in MODULES: _load_part(s, name, saved)
     try:
         for name, cls in GUARDS.items(): setattr(s, name, cls(**saved[name]))
@@ -117,7 +119,9 @@ def _load_part(s, name, saved):
         part.load_state_dict(saved[name])
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
         why = str(e).splitlines()[0][:120]
-        raise InputError(f'checkpoint: {name} is of another architecture ({why})') from None
+        raise InputError(
+            f'checkpoint: {name} is of another architecture ({why})'
+        ) from None
 
 def _old_choice(saved):
     "The best so far as files before version 0.2 hold it."
@@ -141,7 +145,10 @@ def in_force(
     kind, n = s.cfg.run.best_metric, s.cfg.run.n_eval
     rules = asdict(s.cfg.selection)
     same = saved.get('config', {}).get('selection', rules) == rules
-    if (was('run', 'best_metric', kind), was('run', 'n_eval', n)) != (kind, n) or not same:
+    if (was('run', 'best_metric', kind), was('run', 'n_eval', n)) != (
+        kind,
+        n,
+    ) or not same:
         s.chosen = {}  # scores by other rules are not compared
     return s
 
@@ -155,26 +162,41 @@ def build(
     "Networks and optimisers, initialised from the seed."
     cfg, device = fit_to_data(cfg, len(classes), encoder), pick_device(cfg)
     cfg = replace(cfg, run=replace(cfg.run, amp=pick_amp(cfg, device)))
+    G, D, G_ema = _networks(cfg, encoder, device)
+    opt_G, opt_D = _adam(G, cfg.optim.lr_g, cfg), _adam(D, cfg.optim.lr_d, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16')
+    paired = cfg.loss.pair_weight and encoder is not None
+    pair = PairTerm(len(classes), 3 + (len(encoder.map_channels) if paired else 0))
+    terms = [t.to(device) for t in (RealStatsEMA(), pair, LayoutTerm(len(classes)))]
+    sat = SaturationState(cfg.loss.lambda_perceptual, cfg.gate.alpha_max)
+    return TrainState(cfg, list(classes), G, D, G_ema, opt_G, opt_D, scaler, *terms,
+                      encoder, total, sat=sat)
+
+# %% ../nbs/52_step.ipynb #71f60d1e
+def _networks(cfg, encoder, device):
+    "G, D and the EMA generator; G_ema begins as G."
     layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
     torch.manual_seed(cfg.run.seed)
     G, D = Generator(cfg.g), CombinedCondDiscriminator(cfg.d, encoder)
-    G_ema = Generator(cfg.g)
+    G_ema = Generator(cfg.g).eval().requires_grad_(False)
     G_ema.load_state_dict(G.state_dict())
-    G, D, G_ema = (m.to(device, memory_format=layout) for m in (G, D, G_ema.eval().requires_grad_(False)))
-    adam = lambda m, lr: torch.optim.Adam([p for p in m.parameters() if p.requires_grad],
-                                          lr, betas=cfg.optim.betas, fused=can_fuse(device))
-    n_maps = len(encoder.map_channels) if cfg.loss.pair_weight and encoder is not None else 0
-    return TrainState(cfg, list(classes), G, D, G_ema, adam(G, cfg.optim.lr_g), adam(D, cfg.optim.lr_d),
-                      torch.amp.GradScaler(device.type, enabled=cfg.run.amp == 'fp16'), RealStatsEMA().to(device), PairTerm(len(classes), 3 + n_maps).to(device), LayoutTerm(len(classes)).to(device),
-                      encoder, total, sat=SaturationState(lambda_perceptual=cfg.loss.lambda_perceptual, alpha_max=cfg.gate.alpha_max))
+    return [m.to(device, memory_format=layout) for m in (G, D, G_ema)]
+
+def _adam(net, lr, cfg):
+    "Adam over what is trained; fused: one kernel for all parameters."
+    params = [p for p in net.parameters() if p.requires_grad]
+    fused = params[0].device.type in ('cuda', 'cpu')
+    return torch.optim.Adam(params, lr, betas=cfg.optim.betas, fused=fused)
 
 # %% ../nbs/52_step.ipynb #f93e5ef0
 def reseed(
     seed: int,  # of the run
     step: int,  # D step
 ):
-    "Every draw of a step follows from (seed, step); EDM2 reseeds from its image counter."
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+    "Every draw follows from (seed, step); EDM2 reseeds from its image counter."
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 # %% ../nbs/52_step.ipynb #1d962e1c
 def drawn(
@@ -205,7 +227,9 @@ class EncodedBatch(NamedTuple):
     def detach(self):
         "The same without graphs."
         v, maps = self.encoded or (None, ())
-        enc = self.encoded and type(self.encoded)(v if v is None else v.detach(), [m.detach() for m in maps])
+        enc = self.encoded and type(self.encoded)(
+            v if v is None else v.detach(), [m.detach() for m in maps]
+        )
         return EncodedBatch(self.x.detach(), self.aug.detach(), enc)
 
 # %% ../nbs/52_step.ipynb #aa666c6e
@@ -222,20 +246,25 @@ def wants_vector(
     for_G: bool = True,  # the G step may also need the perceptual features
 ) -> bool:
     "Is its vector read, or its maps alone?"
-    return (s.cfg.d.pixel and s.gate.alpha > 0) or (for_G and s.sat.lambda_perceptual > 0)
+    return (s.cfg.d.pixel and s.gate.alpha > 0) or (
+        for_G and s.sat.lambda_perceptual > 0
+    )
 
 # %% ../nbs/52_step.ipynb #d32af59d
 def encode_batch(
     s: TrainState,  # read only
     x: torch.Tensor,  # (N, 3, R, R) in [-1, 1]
     encode: bool,  # the encoder's answer is needed
-    known: torch.Tensor | None = None,  # (N, d) its vectors of `x`, if kept
+    known: torch.Tensor | None = None,  # (N, d) its vectors of `x`, if cached
 ) -> EncodedBatch:
     "Augment and encode, once."
-    a = s.cfg.ada
-    aug = apply_augmentations(x, drawn(s, draw_augmentations, len(x), s.ada.p, None, a.max_rotation, a.max_translation)) if s.ada.p else x
-    if encode and known is not None: return EncodedBatch(x, aug, Encoded(known, []))
-    return EncodedBatch(x, aug, s.encoder.encode(aug, wants_vector(s)) if encode else None)
+    a, aug = s.cfg.ada, x
+    if s.ada.p:
+        how = s.ada.p, None, a.max_rotation, a.max_translation
+        aug = apply_augmentations(x, drawn(s, draw_augmentations, len(x), *how))
+    if not encode: return EncodedBatch(x, aug, None)
+    if known is not None: return EncodedBatch(x, aug, Encoded(known, []))
+    return EncodedBatch(x, aug, s.encoder.encode(aug, wants_vector(s)))
 
 # %% ../nbs/52_step.ipynb #6f558f8b
 def known_vectors(
@@ -259,14 +288,17 @@ def draw_fakes(
         z_mix = drawn(s, torch.randn, n, g.z_dim, **on)
         crossover = drawn(s, draw_crossover, n, len(g.sizes), g.style_mix_prob, **on)
     noise = drawn(s, draw_noise, n, g.sizes, **on)
-    with autocast(s): return encode_batch(s, s.G(z, y, z_mix, noise, crossover).float(), encode)
+    with autocast(s):
+        return encode_batch(s, s.G(z, y, z_mix, noise, crossover).float(), encode)
 
 # %% ../nbs/52_step.ipynb #b24bee69
 def autocast(
     s: TrainState,  # read only
 ):  # context manager
     "Mixed precision when the configuration asks for it."
-    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(s.cfg.run.amp, torch.float32)
+    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(
+        s.cfg.run.amp, torch.float32
+    )
     return torch.autocast(s.device.type, dtype, enabled=s.cfg.run.amp != 'off')
 
 # %% ../nbs/52_step.ipynb #6d3d7339
@@ -280,12 +312,6 @@ def norms_once(
             if parametrize.is_parametrized(m):
                 for name in m.parametrizations: getattr(m, name)
         yield
-
-def can_fuse(
-    device: torch.device,  # of the parameters
-) -> bool:  # one kernel for all parameters of a step
-    "Has Adam a fused kernel here?"
-    return device.type in ('cuda', 'cpu')
 
 # %% ../nbs/52_step.ipynb #46847788
 class Terms(NamedTuple):
@@ -311,7 +337,12 @@ def d_step(
     with norms_once(s.D): terms, real, fake = d_terms(s, y, reals, fakes)
     c = s.cfg.loss
     loss, log = weighted_sum(terms, d_weights(c, s.step))
-    return optimizer_step(s, s.opt_D, loss, {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)))
+    return optimizer_step(
+        s,
+        s.opt_D,
+        loss,
+        {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)),
+    )
 
 # %% ../nbs/52_step.ipynb #bc2746b8
 def d_terms(
@@ -350,8 +381,14 @@ def accuracy(
 ) -> torch.Tensor:  # 0-d, share of reals that D calls real
     "The reading that ADA and the gate steer by."
     if s.cfg.loss.adversarial == 'relativistic':  # only differences mean anything
-        return torch.stack([(r > f).float().mean() for r, f in zip(real.logits, fake.logits)]).mean()
-    smooth = (s.cfg.loss.label_smoothing_real, s.cfg.loss.label_smoothing_fake) if s.cfg.loss.adversarial == 'bce' else (1.0, 0.0)
+        return torch.stack(
+            [(r > f).float().mean() for r, f in zip(real.logits, fake.logits)]
+        ).mean()
+    smooth = (
+        (s.cfg.loss.label_smoothing_real, s.cfg.loss.label_smoothing_fake)
+        if s.cfg.loss.adversarial == 'bce'
+        else (1.0, 0.0)
+    )
     at = accuracy_threshold(s.cfg.ada, *smooth)
     return torch.stack([real_accuracy(r, at) for r in real.logits]).mean()
 
@@ -387,15 +424,26 @@ def g_step(
     "One step of the generator."
     need = wants_encoder(s, True)
     with torch.no_grad():
-        if reals is None or (need and reals.encoded is None): reals = encode_batch(s, x, need)
+        if reals is None or (need and reals.encoded is None):
+            reals = encode_batch(s, x, need)
     fakes = fakes or draw_fakes(s, y, need)
     s.D.requires_grad_(False).eval()
     try:
         with norms_once(s.D), autocast(s): terms = g_terms(s, y, reals, fakes)
         loss, log = weighted_sum(terms, weights_of_g(s))
-        g = optimizer_step(s, s.opt_G, loss, {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x))
-    finally: s.D.requires_grad_(True).train()
-    if g.finite and s.cfg.loss.layout_weight: s.layout.update(*(layouts(whole_batch(s, t)) for t in (reals.x, fakes.x.detach())), whole_batch(s, y))
+        g = optimizer_step(
+            s,
+            s.opt_G,
+            loss,
+            {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x),
+        )
+    finally:
+        s.D.requires_grad_(True).train()
+    if g.finite and s.cfg.loss.layout_weight:
+        s.layout.update(
+            *(layouts(whole_batch(s, t)) for t in (reals.x, fakes.x.detach())),
+            whole_batch(s, y),
+        )
     return g
 
 # %% ../nbs/52_step.ipynb #acb9bdcb
@@ -410,13 +458,20 @@ def g_terms(
     batch = whole_batch(s, fakes.x)  # for the terms that are no mean over images
     fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
-    with torch.no_grad(): real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
+    with torch.no_grad():
+        real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     loss_fn = g_adversarial(c)
-    terms = dict(adv=torch.stack([loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]).mean())
+    terms = dict(
+        adv=torch.stack(
+            [loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]
+        ).mean()
+    )
     if w['stats']: terms['stats'] = s.stats.penalty(batch)
-    if w['perceptual']: terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
+    if w['perceptual']:
+        terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
     if w['saturation']: terms['saturation'] = saturation(batch, c.saturation_limit)
-    if w['feature_matching']: terms['feature_matching'] = feature_matching(fake.feat, real.feat)
+    if w['feature_matching']:
+        terms['feature_matching'] = feature_matching(fake.feat, real.feat)
     if w['mixing']: terms['mixing'] = mixing_reg(batch, c.mixing_target)
     if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
     if w['layout']: terms['layout'] = s.layout.penalty(layouts(fakes.x), y)
@@ -427,15 +482,19 @@ def weights_of_g(
     s: TrainState,  # read only
 ) -> dict:  # name -> weight; `weighted_sum` applies each once
     "The configured weights, with what the guard and the parts in play make of them."
-    return g_weights(s.cfg.loss) | dict(perceptual=s.sat.lambda_perceptual if s.encoder is not None else 0.0,
-                                        feature_matching=s.cfg.loss.lambda_feature_matching if s.cfg.d.pixel else 0.0)
+    return g_weights(s.cfg.loss) | dict(
+        perceptual=s.sat.lambda_perceptual if s.encoder is not None else 0.0,
+        feature_matching=s.cfg.loss.lambda_feature_matching if s.cfg.d.pixel else 0.0,
+    )
 
 # %% ../nbs/52_step.ipynb #3d4723da
 def distances(
     seen: EncodedBatch,  # a batch of same-class pairs
 ) -> torch.Tensor:  # (N/2, S) distance within each pair, per statistic
     "How far apart the two of each pair are."
-    return pair_distance(pair_statistics(seen.x, seen.encoded.maps if seen.encoded else []))
+    return pair_distance(
+        pair_statistics(seen.x, seen.encoded.maps if seen.encoded else [])
+    )
 
 # %% ../nbs/52_step.ipynb #d5b545aa
 def pixel_stats(
@@ -445,9 +504,16 @@ def pixel_stats(
 ) -> dict:  # name -> 0-d tensor
     "Mean and range after the clamp, and what the saturation guard reads."
     limit, out = s.cfg.g.clamp if s.cfg.g.output_clamp != 'none' else 1.0, {}
-    for name, x in dict(real=whole_batch(s, x_real), fake=whole_batch(s, x_fake.detach())).items():
+    for name, x in dict(
+        real=whole_batch(s, x_real), fake=whole_batch(s, x_fake.detach())
+    ).items():
         c = x.clamp(-limit, limit)
-        out |= {f'{name}_mu': c.mean(), f'{name}_min': c.amin(), f'{name}_max': c.amax(), f'{name}_mean_abs': x.abs().mean()}
+        out |= {
+            f'{name}_mu': c.mean(),
+            f'{name}_min': c.amin(),
+            f'{name}_max': c.amax(),
+            f'{name}_mean_abs': x.abs().mean(),
+        }
     return out
 
 # %% ../nbs/52_step.ipynb #b4dd38a9
@@ -460,7 +526,8 @@ def after_d(
     "Moments of the reals, distances of their pairs, ADA."
     if not d.finite: return
     s.stats.update(whole_batch(s, reals.x))
-    if s.cfg.loss.pair_weight: s.pair.update(gather_batch(distances(reals)), whole_batch(s, y))
+    if s.cfg.loss.pair_weight:
+        s.pair.update(gather_batch(distances(reals)), whole_batch(s, y))
     s.ada = ada_update(s.cfg.ada, s.ada, d.log['acc'], s.step)
 
 # %% ../nbs/52_step.ipynb #40b9c0c2
@@ -477,10 +544,16 @@ def after_g(
         s.sat, v = saturation_update(s.cfg.sat, s.sat, obs)
         verdicts.append(v)
     forced = bool(verdicts and verdicts[0].tripped)
-    s.gate, v = gate_update(s.cfg.gate, s.gate, GateObs(s.step, s.ada.acc_ema, d.finite, s.sat.alpha_max, forced))
+    s.gate, v = gate_update(
+        s.cfg.gate,
+        s.gate,
+        GateObs(s.step, s.ada.acc_ema, d.finite, s.sat.alpha_max, forced),
+    )
     finite = d.finite and (g is None or g.finite)
     what = 'G' if d.finite and not finite else 'D' if not d.finite else ''
-    s.nonfinite, nf = nonfinite_update(s.cfg.nonfinite, s.nonfinite, NonFiniteObs(s.step, finite, what))
+    s.nonfinite, nf = nonfinite_update(
+        s.cfg.nonfinite, s.nonfinite, NonFiniteObs(s.step, finite, what)
+    )
     return [*verdicts, v, nf]
 
 # %% ../nbs/52_step.ipynb #2e9c9c6c
@@ -518,7 +591,8 @@ def train_step(
     reseed(s.cfg.run.seed, s.step)
     lrs, share = set_lr(s), s.cfg.run.share_fakes
     x, y = prepare_batch(s, x, y)
-    with torch.no_grad(), autocast(s): reals = encode_batch(s, x, wants_encoder(s, True), known_vectors(s, ids))
+    with torch.no_grad(), autocast(s):
+        reals = encode_batch(s, x, wants_encoder(s, True), known_vectors(s, ids))
     fakes = draw_fakes(s, y, wants_encoder(s, True)) if share else None
     d = d_step(s, x, y, reals, fakes)
     after_d(s, y, reals, d)
@@ -535,13 +609,20 @@ def prepare_batch(
     "To the device as bytes, to floats there."
     x, y = x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True)
     x = to_float(d4(x, moves=drawn(s, draw_d4, len(x))) if s.cfg.run.d4 else x)
-    return (x.contiguous(memory_format=torch.channels_last) if s.cfg.run.channels_last else x), y
+    return (
+        x.contiguous(memory_format=torch.channels_last)
+        if s.cfg.run.channels_last
+        else x
+    ), y
 
 # %% ../nbs/52_step.ipynb #e92ff202
-RECIPE_COLUMNS = ('epoch', 'step', 'd_loss', 'g_loss', 'real_mu', 'real_min', 'real_max', 'fake_mu', 'fake_min', 'fake_max', 'ada_p', 'acc', 'acc_ema', 'alpha')
-TERM_NAMES = ('d_adv', 'd_r1', 'd_r2', 'd_drift', 'g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing', 'g_pair', 'g_layout')
-COLUMNS = (*RECIPE_COLUMNS, 'n_img', 'lr_g', 'lr_d', 'd_grad_norm', 'g_grad_norm', 'real_mean_abs', 'fake_mean_abs', 'gate_on', 'alpha_max',
-           'lambda_perceptual', 'nonfinite_run', 'nonfinite_total', *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
+RECIPE_COLUMNS = tuple('''epoch step d_loss g_loss real_mu real_min real_max
+    fake_mu fake_min fake_max ada_p acc acc_ema alpha'''.split())
+TERM_NAMES = tuple('''d_adv d_r1 d_r2 d_drift g_adv g_stats g_perceptual g_saturation
+    g_feature_matching g_mixing g_pair g_layout'''.split())
+COLUMNS = (*RECIPE_COLUMNS, *'''n_img lr_g lr_d d_grad_norm g_grad_norm real_mean_abs
+    fake_mean_abs gate_on alpha_max lambda_perceptual nonfinite_run
+    nonfinite_total'''.split(), *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
 
 def row_of(
     s: TrainState,  # after the step
@@ -550,9 +631,11 @@ def row_of(
     lrs: tuple[float, float],  # of G and D in this step
 ) -> dict:  # keys of COLUMNS; missing ones stay empty
     "One line of the CSV."
-    log = d.log | (g.log if g else {})
-    known = dict(step=s.step, n_img=s.n_img, d_loss=d.loss, d_grad_norm=d.grad_norm, lr_g=lrs[0], lr_d=lrs[1], ada_p=s.ada.p, acc_ema=s.ada.acc_ema,
-                 alpha=s.gate.alpha, gate_on=int(s.gate.on), alpha_max=s.sat.alpha_max, lambda_perceptual=s.sat.lambda_perceptual,
-                 nonfinite_run=s.nonfinite.run, nonfinite_total=s.nonfinite.total)
-    if g: known |= dict(g_loss=g.loss, g_grad_norm=g.grad_norm)
-    return {k: v for k, v in (log | known).items() if k in COLUMNS}
+    row = d.log | (g.log if g else {})
+    row |= dict(step=s.step, n_img=s.n_img, d_loss=d.loss, d_grad_norm=d.grad_norm)
+    if g: row |= dict(g_loss=g.loss, g_grad_norm=g.grad_norm)
+    row |= dict(lr_g=lrs[0], lr_d=lrs[1], ada_p=s.ada.p, acc_ema=s.ada.acc_ema)
+    row |= dict(alpha=s.gate.alpha, gate_on=int(s.gate.on), alpha_max=s.sat.alpha_max)
+    row |= dict(lambda_perceptual=s.sat.lambda_perceptual,
+                nonfinite_run=s.nonfinite.run, nonfinite_total=s.nonfinite.total)
+    return {k: v for k, v in row.items() if k in COLUMNS}

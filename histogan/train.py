@@ -50,17 +50,22 @@ def open_choice(
                              cache_dir=folder.parent / 'cache', device=str(s.device))
     own = s.chooser.classifier
     if own is not None: s.cfg = _with_classifier(s.cfg, own.key, file)
-    if s.chosen: s.chooser.load_state_dict(s.chosen)
+    if s.chosen:
+        s.chooser.load_state_dict(s.chosen)
     elif s.step and s.chooser.metric != 'none':
-        warn_line('the best model so far was scored by other rules; choosing begins again')
+        warn_line(
+            'the best model so far was scored by other rules; choosing begins again'
+        )
 
 def _with_classifier(cfg, key, file):
     "The hash of the classifier goes into the configuration; another one is refused."
     was = cfg.made.classifier
     if was and was != key:
-        raise InputError(f'{file}: is not the held-out classifier of this run (sha256 {key[:8]}…, '
-                         f'not {was[:8]}…), and scores of two are not compared; put the file '
-                         'back, or add --run.best-metric fd --allow-change run.best_metric')
+        raise InputError(
+            f'{file}: is not the held-out classifier of this run (sha256 {key[:8]}…, '
+            f'not {was[:8]}…), and scores of two are not compared; put the file '
+            'back, or add --run.best-metric fd --allow-change run.best_metric'
+        )
     return replace(cfg, made=replace(cfg.made, classifier=key))
 
 # %% ../nbs/54_train.ipynb #d2b8a5ac
@@ -88,7 +93,9 @@ def keep_best(
 ):
     "One question to the chooser, and what follows from the answer."
     with log.evaluating():
-        found = s.chooser.consider(s.step, lambda y: sample(s.G_ema, y, seed=s.cfg.run.seed))
+        found = s.chooser.consider(
+            s.step, lambda y: sample(s.G_ema, y, seed=s.cfg.run.seed)
+        )
     if found.event: log.event(step=s.step, guard='selection', **found.event)
     if not found.best: return
     card = generator_card(s.G_ema, s.classes, **facts_of(s, data), **found.card)
@@ -132,7 +139,8 @@ def open_patches(
     "The patches of a run, split as they were when it began."
     patches = data_of(cfg)
     raw = cfg.preset == 'poc' and not cfg.is_phantom and not is_prepared(patches.root)
-    if raw and not resume and not rank(): warn_line(NOT_PREPARED.format(cfg.data.root or 'FOLDER'))
+    if raw and not resume and not rank():
+        warn_line(NOT_PREPARED.format(cfg.data.root or 'FOLDER'))
     manifest = None
     if resume:
         table = folder / 'artifacts' / 'manifest.csv'
@@ -141,23 +149,32 @@ def open_patches(
                    world=world(), cache_dir=folder.parent / 'cache' / 'patches')
 
 NOT_PREPARED = (
-    'the patches are used as they are: the original recipe normalises their stain (Vahadane) '
+    'the patches are used as they are: the original recipe normalises their stain '
+    '(Vahadane) '
     'and leaves out those of poor quality; to do both, python -m histogan.prepare {0} '
-    '--out prepared, then train with --data.root prepared')
+    '--out prepared, then train with --data.root prepared'
+)
 
 # %% ../nbs/54_train.ipynb #675d2f97
 def open_encoder(
-    cfg: Config,  # as parsed
-    data,  # what `open_data` gave
-    folder: Path,  # of the run
-) -> tuple:  # the encoder or None, on the run's device; the configuration with its hashes
+    cfg: Config, data, folder: Path  # as parsed  # what `open_data` gave  # of the run
+) -> (
+    tuple
+):  # the encoder or None, on the run's device; the configuration with its hashes
     "The frozen encoder; its weights are part of the run."
     device, file = pick_device(cfg), folder / 'artifacts' / 'encoder.safetensors'
     was = dict(line.rsplit(' ', 1) for line in cfg.made.encoder)
     kept = file if file.is_file() or not was else None  # another one is not kept
-    encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes), data=data,
-                      cache_dir=folder.parent / 'cache', size=cfg.data.image_size,
-                      device=str(device), kept=kept)
+    encoder = in_turn(
+        load_encoder,
+        cfg.encoder,
+        num_classes=len(data.classes),
+        data=data,
+        cache_dir=folder.parent / 'cache',
+        size=cfg.data.image_size,
+        device=str(device),
+        kept=kept,
+    )
     if encoder is None: return None, cfg
     check_encoder(encoder, was, file)
     found = tuple(f'{part} {sha}' for part, sha in encoder_hashes(encoder).items())
@@ -205,12 +222,15 @@ def claim(
 ):
     "The folder exists, is writable and holds no run."
     if (folder / 'config.json').exists():
-        raise InputError(f'--out {folder}: already holds a run; go on with --resume {folder} '
-                         'or choose another --out')
+        raise InputError(
+            f'--out {folder}: already holds a run; go on with --resume {folder} '
+            'or choose another --out'
+        )
     claimable(folder)
     for left in ('encoder', 'classifier'):  # by a start that failed
         (folder / 'artifacts' / f'{left}.safetensors').unlink(missing_ok=True)
-    for sub in ('samples', 'checkpoints', 'artifacts', 'metrics'): (folder / sub).mkdir(exist_ok=True)
+    for sub in ('samples', 'checkpoints', 'artifacts', 'metrics'):
+        (folder / sub).mkdir(exist_ok=True)
 
 # %% ../nbs/54_train.ipynb #6cd1ae03
 def phantom_root(
@@ -218,8 +238,14 @@ def phantom_root(
 ) -> str:  # folder of patches, drawn when not there yet
     "The embedded data set, beside the run."
     p, size = cfg.phantom, cfg.data.image_size
-    root = Path(cfg.out).parent / 'cache' / f'phantom-{size}px-{p.per_class}-seed{p.seed}-v{PHANTOM_VERSION}'
-    return str(make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1))
+    root = (
+        Path(cfg.out).parent
+        / 'cache'
+        / f'phantom-{size}px-{p.per_class}-seed{p.seed}-v{PHANTOM_VERSION}'
+    )
+    return str(
+        make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1)
+    )
 
 def data_of(
     cfg: Config,  # of a run
@@ -236,11 +262,16 @@ def total_steps(
 ) -> int:  # D steps of the whole run
     "Steps asked for, or epochs of the balanced sampler."
     per_epoch = max(len(data.sampler) * world() // cfg.data.batch_size, 1)
-    total, guess = cfg.run.steps or cfg.run.epochs * per_epoch, cfg.optim.total_steps_estimate
+    total, guess = (
+        cfg.run.steps or cfg.run.epochs * per_epoch,
+        cfg.optim.total_steps_estimate,
+    )
     scheduled = guess and cfg.optim.schedule != 'constant'
     if rank() == 0 and scheduled and steps_differ(guess, total):
-        warn_line(f'optim.total_steps_estimate is {guess}, the run has {total} steps: the '
-                  f'learning rate reaches its floor at step {guess}; 0 takes the true number')
+        warn_line(
+            f'optim.total_steps_estimate is {guess}, the run has {total} steps: the '
+            f'learning rate reaches its floor at step {guess}; 0 takes the true number'
+        )
     return total
 
 # %% ../nbs/54_train.ipynb #2e3b50d8
@@ -292,17 +323,24 @@ def check_length(
 ):
     "Say what another number of steps means for a run that is under way."
     if s.step > s.total:
-        raise InputError(f'--run.steps {s.total}: the run in {folder} has done {s.step} steps '
-                         'already; give more, or begin another run with --out')
+        raise InputError(
+            f'--run.steps {s.total}: the run in {folder} has done {s.step} steps '
+            'already; give more, or begin another run with --out'
+        )
     was = saved.get('config', {}).get('run', {})
     same = all(was.get(k) == getattr(s.cfg.run, k) for k in ('steps', 'epochs'))
     old = [opt.param_groups[0]['lr'] for opt in (s.opt_G, s.opt_D)]
     new = lrs_at(s, s.step + 1)
     if same or rank() or not s.step or new[0] < 1.2 * old[0]: return
-    warn_line(f'the schedule is stretched over {s.total} steps: the learning rate of G goes from '
-              f'{old[0]:.3g} at step {s.step} to {new[0]:.3g}; to go on at the last rates add '
-              f'--optim.schedule constant --optim.lr-g {old[0]:.3g} --optim.lr-d {old[1]:.3g} '
-              '--allow-change run.steps optim.schedule optim.lr_g optim.lr_d')
+    warn_line(
+        f'the schedule is stretched over {s.total} steps: the learning rate of G goes '
+        f'from '
+        f'{old[0]:.3g} at step {s.step} to {new[0]:.3g}; to go on at the last rates '
+        f'add '
+        f'--optim.schedule constant --optim.lr-g {old[0]:.3g} --optim.lr-d '
+        f'{old[1]:.3g} '
+        '--allow-change run.steps optim.schedule optim.lr_g optim.lr_d'
+    )
 
 # %% ../nbs/54_train.ipynb #61015db7
 def restore_sampler(
@@ -336,8 +374,12 @@ def locked(
 ):  # InputError while another process trains into it
     "Hold a run's folder for this process."
     claimable(Path(folder))
-    with lock(Path(folder, '.lock'), f'--out {folder}: another process ({{who}}) is training '
-              'into it; wait for it or choose another --out'): yield
+    with lock(
+        Path(folder, '.lock'),
+        f'--out {folder}: another process ({{who}}) is training '
+        'into it; wait for it or choose another --out',
+    ):
+        yield
 
 # %% ../nbs/54_train.ipynb #8ece3cfd
 def claimable(
@@ -437,8 +479,11 @@ def stop_by_guard(
     if log: log.flush()
     found = checkpoints(folder)
     good = found[-1] if found else 'none was saved yet'
-    raise Stopped(3, f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}; '
-                     f'last good checkpoint: {good}')
+    raise Stopped(
+        3,
+        f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}; '
+        f'last good checkpoint: {good}',
+    )
 
 # %% ../nbs/54_train.ipynb #cffcec7a
 def finish(
@@ -448,11 +493,16 @@ def finish(
     log: RunLog,  # knows what evaluation took
 ) -> TrainState:  # `s`
     "Export the EMA generator, draw the curves, say where everything is."
-    export_generator(folder / 'artifacts' / 'generator', s.G_ema, s.classes, **facts_of(s, data))
+    export_generator(
+        folder / 'artifacts' / 'generator', s.G_ema, s.classes, **facts_of(s, data)
+    )
     plot_curves(folder)
-    print(f'done: {s.step} steps, {s.n_img} images{best_words(s)}, evaluating checkpoints took '
-          f'{log.share:.1%} of the time; grids in {folder}/samples, curves in '
-          f'{folder}/artifacts/curves.png, generator in {folder}/artifacts/generator')
+    print(
+        f'done: {s.step} steps, {s.n_img} images{best_words(s)}, evaluating '
+        f'checkpoints took '
+        f'{log.share:.1%} of the time; grids in {folder}/samples, curves in '
+        f'{folder}/artifacts/curves.png, generator in {folder}/artifacts/generator'
+    )
     return s
 
 def best_words(
@@ -504,16 +554,22 @@ def dry_run(
         if s.device.type == 'cuda': torch.cuda.synchronize()
         each = max(gather((time.perf_counter() - started) / n))
     count = lambda m: sum(p.numel() for p in m.parameters())
-    return dict(G_parameters=count(s.G), D_parameters=count(s.D), classes=len(data.classes),
-                patches=len(data.dataset('train')), steps=s.total,
-                memory_mb=round(peak_memory(s.device) / 2**20), seconds_per_step=round(each, 3),
-                images_per_second=round(cfg.data.batch_size / each, 1),
-                hours=round(each * s.total / 3600, 2))
+    return dict(
+        G_parameters=count(s.G),
+        D_parameters=count(s.D),
+        classes=len(data.classes),
+        patches=len(data.dataset('train')),
+        steps=s.total,
+        memory_mb=round(peak_memory(s.device) / 2**20),
+        seconds_per_step=round(each, 3),
+        images_per_second=round(cfg.data.batch_size / each, 1),
+        hours=round(each * s.total / 3600, 2),
+    )
 
 # %% ../nbs/54_train.ipynb #93b60ff3
 def main(
     argv: list[str] | None = None,  # arguments; None = sys.argv
-) -> int:  # 0 done, 1 a process was lost, 2 bad input, 3 stopped by a guard, 130 interrupted
+) -> int:  # 0 done, 1 process lost, 2 bad input, 3 stopped by a guard, 130 interrupted
     "`python -m histogan.train`."
     early = ('interrupted before the first step; the same command begins again, '
              'with --resume auto where the folder holds a run')
