@@ -84,21 +84,8 @@ class RunConfig:
         if self.epochs < 1: raise ValueError('run.epochs must be ≥ 1')
         if min(self.sample_every, self.save_every) < 1:
             raise ValueError('run.sample_every and run.save_every must be ≥ 1')
-        if (
-            min(
-                self.max_hours,
-                self.steps,
-                self.keep,
-                self.keep_every,
-                self.threads,
-                self.seed,
-            )
-            < 0
-        ):
-            raise ValueError(
-                'run.max_hours, run.steps, run.keep, run.keep_every, run.threads and '
-                'run.seed must be ≥ 0'
-            )
+        for name in ('max_hours', 'steps', 'keep', 'keep_every', 'threads', 'seed'):
+            if getattr(self, name) < 0: raise ValueError(f'run.{name} must be ≥ 0')
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-3
@@ -202,9 +189,7 @@ def _demo() -> Config:
     "`modern` at 64 px on the phantom."
     base = modern(64)
     return replace(
-        base,
-        preset='demo',
-        out='outputs/demo',
+        base, preset='demo', out='outputs/demo',
         data=replace(base.data, root='phantom', test_frac=0.0),
         run=replace(base.run, steps=2500, sample_every=250, save_every=500),
     )
@@ -214,32 +199,16 @@ def _smoke() -> Config:
     "`demo` cut to 20 steps, on whatever patches are there."
     base = _demo()
     return replace(
-        base,
-        preset='smoke',
-        out='outputs/smoke',
-        encoder='random:0',
-        phantom=PhantomConfig(per_class=8),
+        base, preset='smoke', out='outputs/smoke', encoder='random:0',
+        phantom=PhantomConfig(per_class=8), d=replace(base.d, img_res=32),
         data=replace(base.data, image_size=32, batch_size=8),
         g=replace(base.g, img_res=32, channels=(32, 32, 16, 16)),
-        d=replace(base.d, img_res=32),
-        run=replace(
-            base.run,
-            steps=20,
-            sample_every=10,
-            save_every=10,
-            n_eval=36,
-            best_metric='fd',
-            amp='off',
-        ),
-    )
+        run=replace(base.run, steps=20, sample_every=10, save_every=10, n_eval=36,
+                    best_metric='fd', amp='off'))
 
 # %% ../nbs/50_config.ipynb #5aec8b10
-PRESETS = {
-    'demo': _demo(),
-    'modern': modern(),
-    'poc': Config(preset='poc'),
-    'smoke': _smoke(),
-}
+PRESETS = {'demo': _demo(), 'modern': modern(), 'poc': Config(preset='poc'),
+           'smoke': _smoke()}
 
 # %% ../nbs/50_config.ipynb #1c302799
 def from_dict(
@@ -391,11 +360,8 @@ def device_name(
 ) -> str:  # 'cpu', 'cuda', 'cuda:0', …
     "What `run.device` stands for; of several processes each has a GPU of its own."
     import torch
-    name = (
-        cfg.run.device
-        if cfg.run.device != 'auto'
-        else 'cuda' if torch.cuda.is_available() else 'cpu'
-    )
+    auto = 'cuda' if torch.cuda.is_available() else 'cpu'
+    name = auto if cfg.run.device == 'auto' else cfg.run.device
     return f'cuda:{local_rank()}' if name.startswith('cuda') and world() > 1 else name
 
 # %% ../nbs/50_config.ipynb #43f4af64
@@ -405,12 +371,10 @@ def pick_device(
     "The device of this process."
     import torch
     name = device_name(cfg)
-    try:
-        return torch.empty(0, device=name).device
+    try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise InputError(
-            f'--run.device {name}: not available on this machine; use cpu'
-        ) from None
+        told = f'--run.device {name}: not available on this machine; use cpu'
+        raise InputError(told) from None
 
 # %% ../nbs/50_config.ipynb #7cff809e
 def pick_amp(
@@ -421,19 +385,12 @@ def pick_amp(
     if cfg.run.amp != 'auto': return cfg.run.amp
     import torch
     if device.type == 'cuda':
-        return (
-            'bf16'
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else 'fp16'
-        )
-    has = lambda feature: getattr(
-        torch.cpu, f'_is_{feature}_supported', lambda: False
-    )()
-    return (
-        'bf16'
-        if device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile'))
-        else 'off'
-    )
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return 'bf16' if real else 'fp16'
+    no = lambda: False
+    has = lambda unit: getattr(torch.cpu, f'_is_{unit}_supported', no)()
+    fast = device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile'))
+    return 'bf16' if fast else 'off'
 
 # %% ../nbs/50_config.ipynb #90f52e9c-5
 @dataclass(frozen=True)
@@ -455,11 +412,9 @@ def option_names(
     for name, hint in typing.get_type_hints(cls).items():
         if hint is MadeConfig: continue
         dotted = prefix if name == 'config' else f"{prefix}{name.replace('_', '-')}"
-        names += (
-            option_names(hint, prefix if name == 'config' else dotted + '.')
-            if dataclasses.is_dataclass(hint)
-            else [dotted]
-        )
+        below = prefix if name == 'config' else dotted + '.'
+        inner = dataclasses.is_dataclass(hint)
+        names += option_names(hint, below) if inner else [dotted]
     return names
 
 # %% ../nbs/50_config.ipynb #c9455b2a
@@ -468,23 +423,14 @@ def parse_args(
     default: str = 'demo',  # preset when --preset is not given
 ) -> TrainArgs:  # InputError is one line; --help exits 0
     "Preset first, then every other option over it."
-    argv = [
-        a.replace('=', ' ', 1).split(' ', 1) if a.startswith('--') and '=' in a else [a]
-        for a in argv
-    ]
-    argv = [part for group in argv for part in group]
-    given = {
-        name: value
-        for name, value in zip(argv, argv[1:])
-        if name in ('--preset', '--resume', '--out', '--data.image-size')
-    }
+    split = lambda a: a.split('=', 1) if a.startswith('--') and '=' in a else [a]
+    argv = [part for a in argv for part in split(a)]
+    given = dict(zip(argv, argv[1:]))
     preset, resume = given.get('--preset', default), given.get('--resume', '')
     if resume and resume != 'auto': return resume_args(argv, resume)
     if preset not in PRESETS:
-        raise InputError(
-            f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}'
-            + suggestion(preset, PRESETS)
-        )
+        told = f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}'
+        raise InputError(told + suggestion(preset, PRESETS))
     out = given.get('--out', PRESETS[preset].out)
     if resume and Path(out, 'config.json').exists(): return resume_args(argv, out)
     base = sized(PRESETS[preset], given.get('--data.image-size', ''))
@@ -498,9 +444,8 @@ def sized(
     "Widths for the size asked for; what is no size is left for the parser to refuse."
     res = int(size) if size.isdecimal() else 0
     if res < 16 or res & (res - 1): return cfg
-    return replace(
-        cfg, g=replace(cfg.g, img_res=res, channels=widths_for(cfg.g.channels, res))
-    )
+    widths = widths_for(cfg.g.channels, res)
+    return replace(cfg, g=replace(cfg.g, img_res=res, channels=widths))
 
 # %% ../nbs/50_config.ipynb #0fb354ce
 _SPLIT = 'the split was made when the run began and stands in artifacts/manifest.csv'
@@ -526,19 +471,15 @@ def resume_args(
 ) -> TrainArgs:  # InputError names a field that differs
     "The configuration of the run, and nothing else unless allowed."
     saved = replace(load_config(folder), out=folder)
-    args = tyro_parse(
-        TrainArgs,
-        argv,
-        default=TrainArgs(replace(saved, g=replace(saved.g, channels=()))),
-    )
+    base = replace(saved, g=replace(saved.g, channels=()))
+    args = tyro_parse(TrainArgs, argv, default=TrainArgs(base))
     cfg = fitted_like(args.config, saved)
     for name in differing(saved, cfg):
         option, why = '--' + name.replace('_', '-'), fixed(name)
         if name not in args.allow_change:
             way = '' if why else f', or add --allow-change {name}'
-            raise InputError(
-                f'{option}: differs from the run in {folder}; leave it out{way}'
-            )
+            told = f'{option}: differs from the run in {folder}; leave it out'
+            raise InputError(told + way)
         if why: raise InputError(f'{option}: cannot be changed in {folder}: {why}')
     return replace(args, config=cfg, resume=folder)
 
@@ -548,25 +489,13 @@ def fitted_like(
     run: Config,  # of a run, fitted to its data
 ) -> Config:  # fitted to the same data
     "What `fit_to_data` decided for the run, decided again."
-    g = dict(
-        num_classes=run.g.num_classes,
-        img_res=run.g.img_res,
-        channels=widths_for(cfg.g.channels, run.g.img_res) or run.g.channels,
-    )
-    decided = (
-        'num_classes',
-        'img_res',
-        'heads',
-        'duet_dim',
-        'pair_maps',
-        'sides',
-        'counts',
-    )
-    d = {k: getattr(run.d, k) for k in decided}
+    widths = widths_for(cfg.g.channels, run.g.img_res) or run.g.channels
+    g = dict(num_classes=run.g.num_classes, img_res=run.g.img_res, channels=widths)
+    decided = 'num_classes img_res heads duet_dim pair_maps sides counts'
+    d = {k: getattr(run.d, k) for k in decided.split()}
     amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
-    return replace(
-        cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=replace(cfg.run, amp=amp)
-    )
+    run = replace(cfg.run, amp=amp)
+    return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=run)
 
 # %% ../nbs/50_config.ipynb #eb8044c6
 def differing(
@@ -593,23 +522,16 @@ def tyro_parse(
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
-            args, unknown = tyro.cli(
-                cls,
-                args=argv,
-                prog=f'python -m {prog}',
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                return_unknown_args=True,
-            )
+            given = default if default is not None else tyro.MISSING_NONPROP
+            args, unknown = tyro.cli(cls, args=argv, prog=f'python -m {prog}',
+                                     default=given, return_unknown_args=True)
     except SystemExit as e:
         if not e.code: raise
         raise InputError(one_line(heard.getvalue())) from None
-    except ValueError as e:
-        raise InputError(str(e)) from None
+    except ValueError as e: raise InputError(str(e)) from None
     if unknown:
-        raise InputError(
-            f'{unknown[0]}: unknown option{suggestion(unknown[0], option_names(cls))}; '
-            f'--help lists them all'
-        )
+        near = suggestion(unknown[0], option_names(cls))
+        raise InputError(f'{unknown[0]}: unknown option{near}; --help lists them all')
     return args
 
 # %% ../nbs/50_config.ipynb #d9972ccf

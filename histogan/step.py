@@ -119,9 +119,8 @@ def _load_part(s, name, saved):
         part.load_state_dict(saved[name])
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
         why = str(e).splitlines()[0][:120]
-        raise InputError(
-            f'checkpoint: {name} is of another architecture ({why})'
-        ) from None
+        told = f'checkpoint: {name} is of another architecture ({why})'
+        raise InputError(told) from None
 
 def _old_choice(saved):
     "The best so far as files before version 0.2 hold it."
@@ -142,13 +141,9 @@ def in_force(
     if was('loss', 'lambda_perceptual', weight) != weight:
         s.sat = replace(s.sat, lambda_perceptual=weight)
     if was('gate', 'alpha_max', top) != top: s.sat = replace(s.sat, alpha_max=top)
-    kind, n = s.cfg.run.best_metric, s.cfg.run.n_eval
-    rules = asdict(s.cfg.selection)
-    same = saved.get('config', {}).get('selection', rules) == rules
-    if (was('run', 'best_metric', kind), was('run', 'n_eval', n)) != (
-        kind,
-        n,
-    ) or not same:
+    now = dict(run={k: getattr(s.cfg.run, k) for k in ('best_metric', 'n_eval')},
+               selection=asdict(s.cfg.selection))
+    if any(was(part, k, v) != v for part, rules in now.items() for k, v in rules.items()):
         s.chosen = {}  # scores by other rules are not compared
     return s
 
@@ -227,9 +222,8 @@ class EncodedBatch(NamedTuple):
     def detach(self):
         "The same without graphs."
         v, maps = self.encoded or (None, ())
-        enc = self.encoded and type(self.encoded)(
-            v if v is None else v.detach(), [m.detach() for m in maps]
-        )
+        v, maps = None if v is None else v.detach(), [m.detach() for m in maps]
+        enc = self.encoded and type(self.encoded)(v, maps)
         return EncodedBatch(self.x.detach(), self.aug.detach(), enc)
 
 # %% ../nbs/52_step.ipynb #aa666c6e
@@ -246,9 +240,8 @@ def wants_vector(
     for_G: bool = True,  # the G step may also need the perceptual features
 ) -> bool:
     "Is its vector read, or its maps alone?"
-    return (s.cfg.d.pixel and s.gate.alpha > 0) or (
-        for_G and s.sat.lambda_perceptual > 0
-    )
+    duet = s.cfg.d.pixel and s.gate.alpha > 0
+    return duet or (for_G and s.sat.lambda_perceptual > 0)
 
 # %% ../nbs/52_step.ipynb #d32af59d
 def encode_batch(
@@ -296,10 +289,8 @@ def autocast(
     s: TrainState,  # read only
 ):  # context manager
     "Mixed precision when the configuration asks for it."
-    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(
-        s.cfg.run.amp, torch.float32
-    )
-    return torch.autocast(s.device.type, dtype, enabled=s.cfg.run.amp != 'off')
+    half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(s.cfg.run.amp)
+    return torch.autocast(s.device.type, half, enabled=half is not None)
 
 # %% ../nbs/52_step.ipynb #6d3d7339
 @contextlib.contextmanager
@@ -335,14 +326,9 @@ def d_step(
         reals = reals or encode_batch(s, x, need)
         fakes = fakes.detach() if fakes else draw_fakes(s, y, need)
     with norms_once(s.D): terms, real, fake = d_terms(s, y, reals, fakes)
-    c = s.cfg.loss
-    loss, log = weighted_sum(terms, d_weights(c, s.step))
-    return optimizer_step(
-        s,
-        s.opt_D,
-        loss,
-        {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake)),
-    )
+    loss, log = weighted_sum(terms, d_weights(s.cfg.loss, s.step))
+    log = {f'd_{k}': v for k, v in log.items()} | dict(acc=accuracy(s, real, fake))
+    return optimizer_step(s, s.opt_D, loss, log)
 
 # %% ../nbs/52_step.ipynb #bc2746b8
 def d_terms(
@@ -381,14 +367,10 @@ def accuracy(
 ) -> torch.Tensor:  # 0-d, share of reals that D calls real
     "The reading that ADA and the gate steer by."
     if s.cfg.loss.adversarial == 'relativistic':  # only differences mean anything
-        return torch.stack(
-            [(r > f).float().mean() for r, f in zip(real.logits, fake.logits)]
-        ).mean()
-    smooth = (
-        (s.cfg.loss.label_smoothing_real, s.cfg.loss.label_smoothing_fake)
-        if s.cfg.loss.adversarial == 'bce'
-        else (1.0, 0.0)
-    )
+        won = [(r > f).float().mean() for r, f in zip(real.logits, fake.logits)]
+        return torch.stack(won).mean()
+    c, smooth = s.cfg.loss, (1.0, 0.0)
+    if c.adversarial == 'bce': smooth = c.label_smoothing_real, c.label_smoothing_fake
     at = accuracy_threshold(s.cfg.ada, *smooth)
     return torch.stack([real_accuracy(r, at) for r in real.logits]).mean()
 
@@ -423,27 +405,19 @@ def g_step(
 ) -> Terms:  # log holds the pixel statistics
     "One step of the generator."
     need = wants_encoder(s, True)
-    with torch.no_grad():
-        if reals is None or (need and reals.encoded is None):
-            reals = encode_batch(s, x, need)
+    if reals is None or (need and reals.encoded is None):
+        with torch.no_grad(): reals = encode_batch(s, x, need)
     fakes = fakes or draw_fakes(s, y, need)
     s.D.requires_grad_(False).eval()
     try:
         with norms_once(s.D), autocast(s): terms = g_terms(s, y, reals, fakes)
         loss, log = weighted_sum(terms, weights_of_g(s))
-        g = optimizer_step(
-            s,
-            s.opt_G,
-            loss,
-            {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x),
-        )
-    finally:
-        s.D.requires_grad_(True).train()
+        log = {f'g_{k}': v for k, v in log.items()} | pixel_stats(s, reals.x, fakes.x)
+        g = optimizer_step(s, s.opt_G, loss, log)
+    finally: s.D.requires_grad_(True).train()
     if g.finite and s.cfg.loss.layout_weight:
-        s.layout.update(
-            *(layouts(whole_batch(s, t)) for t in (reals.x, fakes.x.detach())),
-            whole_batch(s, y),
-        )
+        x, x_fake, y = (whole_batch(s, t) for t in (reals.x, fakes.x.detach(), y))
+        s.layout.update(layouts(x), layouts(x_fake), y)
     return g
 
 # %% ../nbs/52_step.ipynb #acb9bdcb
@@ -461,11 +435,8 @@ def g_terms(
     with torch.no_grad():
         real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     loss_fn = g_adversarial(c)
-    terms = dict(
-        adv=torch.stack(
-            [loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]
-        ).mean()
-    )
+    each = [loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]
+    terms = dict(adv=torch.stack(each).mean())
     if w['stats']: terms['stats'] = s.stats.penalty(batch)
     if w['perceptual']:
         terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
@@ -492,9 +463,8 @@ def distances(
     seen: EncodedBatch,  # a batch of same-class pairs
 ) -> torch.Tensor:  # (N/2, S) distance within each pair, per statistic
     "How far apart the two of each pair are."
-    return pair_distance(
-        pair_statistics(seen.x, seen.encoded.maps if seen.encoded else [])
-    )
+    maps = seen.encoded.maps if seen.encoded else []
+    return pair_distance(pair_statistics(seen.x, maps))
 
 # %% ../nbs/52_step.ipynb #d5b545aa
 def pixel_stats(
@@ -504,16 +474,11 @@ def pixel_stats(
 ) -> dict:  # name -> 0-d tensor
     "Mean and range after the clamp, and what the saturation guard reads."
     limit, out = s.cfg.g.clamp if s.cfg.g.output_clamp != 'none' else 1.0, {}
-    for name, x in dict(
-        real=whole_batch(s, x_real), fake=whole_batch(s, x_fake.detach())
-    ).items():
+    for name, x in dict(real=x_real, fake=x_fake.detach()).items():
+        x = whole_batch(s, x)
         c = x.clamp(-limit, limit)
-        out |= {
-            f'{name}_mu': c.mean(),
-            f'{name}_min': c.amin(),
-            f'{name}_max': c.amax(),
-            f'{name}_mean_abs': x.abs().mean(),
-        }
+        out |= {f'{name}_mu': c.mean(), f'{name}_min': c.amin(),
+                f'{name}_max': c.amax(), f'{name}_mean_abs': x.abs().mean()}
     return out
 
 # %% ../nbs/52_step.ipynb #b4dd38a9
@@ -544,16 +509,12 @@ def after_g(
         s.sat, v = saturation_update(s.cfg.sat, s.sat, obs)
         verdicts.append(v)
     forced = bool(verdicts and verdicts[0].tripped)
-    s.gate, v = gate_update(
-        s.cfg.gate,
-        s.gate,
-        GateObs(s.step, s.ada.acc_ema, d.finite, s.sat.alpha_max, forced),
-    )
+    obs = GateObs(s.step, s.ada.acc_ema, d.finite, s.sat.alpha_max, forced)
+    s.gate, v = gate_update(s.cfg.gate, s.gate, obs)
     finite = d.finite and (g is None or g.finite)
     what = 'G' if d.finite and not finite else 'D' if not d.finite else ''
-    s.nonfinite, nf = nonfinite_update(
-        s.cfg.nonfinite, s.nonfinite, NonFiniteObs(s.step, finite, what)
-    )
+    obs = NonFiniteObs(s.step, finite, what)
+    s.nonfinite, nf = nonfinite_update(s.cfg.nonfinite, s.nonfinite, obs)
     return [*verdicts, v, nf]
 
 # %% ../nbs/52_step.ipynb #2e9c9c6c
@@ -609,11 +570,8 @@ def prepare_batch(
     "To the device as bytes, to floats there."
     x, y = x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True)
     x = to_float(d4(x, moves=drawn(s, draw_d4, len(x))) if s.cfg.run.d4 else x)
-    return (
-        x.contiguous(memory_format=torch.channels_last)
-        if s.cfg.run.channels_last
-        else x
-    ), y
+    if s.cfg.run.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+    return x, y
 
 # %% ../nbs/52_step.ipynb #e92ff202
 RECIPE_COLUMNS = tuple('''epoch step d_loss g_loss real_mu real_min real_max
