@@ -162,7 +162,8 @@ def open_sources(
     "Everything the regimes of a run are made of."
     run, cfg = Path(run), load_config(run)
     if cfg.is_phantom: phantom_root(replace(cfg, out=str(run)))
-    manifest = load_manifest(run / 'artifacts' / 'manifest.csv')
+    table = run / 'artifacts' / 'manifest.csv'
+    manifest = load_manifest(table, cfg.data.folder, test_root=cfg.data.test_root)
     data = open_data(cfg.data, manifest=manifest)
     splits = {k: data.dataset(k).labels for k in ('train', 'val', 'test')}
     counts = {k: np.bincount(y, minlength=len(data.classes)) for k, y in splits.items()}

@@ -120,7 +120,9 @@ def open_reals(
 ) -> Reals:
     "Everything real, from what the run wrote down."
     if cfg.is_phantom: phantom_root(replace(cfg, out=str(folder)))
-    data = open_data(cfg.data, manifest=load_manifest(folder / 'artifacts' / 'manifest.csv'))
+    table = folder / 'artifacts' / 'manifest.csv'
+    listed = load_manifest(table, cfg.data.folder, test_root=cfg.data.test_root)
+    data = open_data(cfg.data, manifest=listed)
     (train, units), (val, _), (test, _) = (split_of(data, s) for s in ('train', 'val', 'test'))
     fresh = fresh_phantom(folder, cfg, per_class) if cfg.is_phantom else None
     size = cfg.data.image_size
