@@ -44,6 +44,7 @@ def open_array(
             f'it again'
         ) from None
 
+# %% ../nbs/01_arrays.ipynb #98106acd
 def _open_h5(file, key):
     "A data set of an HDF5 file."
     try:
@@ -69,6 +70,7 @@ def array_keys(
         raise InputError(f'{file}: is no readable file of arrays ({str(e)[:60]}); '
                          f'download it again') from None
 
+# %% ../nbs/01_arrays.ipynb #ac242fd5
 def _h5_keys(file):
     "The arrays of an HDF5 file."
     try: import h5py
@@ -94,6 +96,7 @@ def _open_npz(file, key):
             file, at = _unpacked(file, z, info), header
     return np.memmap(file, dtype, 'r', at, shape, 'F' if order else 'C')
 
+# %% ../nbs/01_arrays.ipynb #35cbe14b
 def _npy_header(f):
     "Shape, order, type and length of the header of an `.npy` file."
     version = np.lib.format.read_magic(f)
@@ -102,6 +105,7 @@ def _npy_header(f):
     )
     return *read(f), f.tell()
 
+# %% ../nbs/01_arrays.ipynb #cfef90b9
 def _data_of(file, info) -> int:
     "Where a stored member's bytes begin; its local header has lengths of its own."
     with open(file, 'rb') as f:
@@ -191,6 +195,7 @@ def _h5_pairs(root) -> list[tuple]:
     order = ('train', 'val', 'test', '').index
     return sorted(pairs, key=lambda p: order(p[0]))
 
+# %% ../nbs/01_arrays.ipynb #11b715b3
 def _sisters(x) -> list[Path]:
     "The files of the other splits beside a training file."
     if 'train' not in x.name: return [x]
@@ -215,6 +220,7 @@ def _labels_in(file, key, n) -> np.ndarray:  # (n,) int
     if flat.min() < 0: raise InputError(f'{file}: {key} holds negative labels')
     return flat
 
+# %% ../nbs/01_arrays.ipynb #9dd434df
 def _patches_in(file, key) -> int:
     "How many patches an array holds, once its shape is right."
     a = open_array(file, key)

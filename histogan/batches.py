@@ -59,6 +59,7 @@ def _shuffled(self: BalancedSampler, c, k) -> np.ndarray:
     "An order of class c."
     return np.random.default_rng([self.seed, 1, c, k]).permutation(len(self.members[c]))
 
+# %% ../nbs/03_batches.ipynb #cd3e336f
 @patch
 def _pass(self: BalancedSampler, c, k) -> np.ndarray:
     "The k-th shuffled pass; it never begins with the image that ended the one before."
@@ -66,6 +67,7 @@ def _pass(self: BalancedSampler, c, k) -> np.ndarray:
     if k and len(p) > 2 and self._shuffled(c, k - 1)[-1] == p[0]: p[:2] = p[1::-1]
     return self.members[c][p]
 
+# %% ../nbs/03_batches.ipynb #122d63e9
 @patch
 def _draw(self: BalancedSampler, c, epoch) -> np.ndarray:
     "What an epoch takes from the stream of class c."
@@ -96,6 +98,7 @@ def advance(self: BalancedSampler,
     epochs, self.position = divmod(self.position + n, self.length)
     self.epoch += epochs
 
+# %% ../nbs/03_batches.ipynb #f86c737e
 @patch
 def set_epoch(self: BalancedSampler,
     epoch: int,  # from 0
@@ -109,6 +112,7 @@ def state_dict(self: BalancedSampler) -> dict:
     "The whole state: two integers, the same for any number of processes."
     return dict(epoch=self.epoch, position=self.position*self.world)
 
+# %% ../nbs/03_batches.ipynb #b161cb79
 @patch
 def load_state_dict(self: BalancedSampler,
     state: dict,  # from `state_dict`
@@ -165,6 +169,7 @@ class HistoDataset:
         y, ids = torch.from_numpy(self.labels[many]), torch.from_numpy(self.ids[many])
         return (x, y, ids) if np.ndim(i) else (x[0], int(y[0]), int(ids[0]))
 
+# %% ../nbs/03_batches.ipynb #630c8f4b
 def _small(path, size) -> np.ndarray:
     "A patch that was inspected before, at its size."
     return resize(_read(path, check=False)[0], size)

@@ -142,16 +142,19 @@ def source(self: DataConfig) -> str:
     if self.root == 'phantom' and not self.test_root: return 'phantom'
     return 'arrays' if is_array(self.root) else 'folders'
 
+# %% ../nbs/03_data.ipynb #ef81a35e
 @patch(as_prop=True)
 def is_phantom(self: DataConfig) -> bool:
     "Are the patches procedural drawings, not tissue?"
     return self.source == 'phantom'
 
+# %% ../nbs/03_data.ipynb #8438d78c
 @patch(as_prop=True)
 def folder(self: DataConfig) -> str:
-    "The root as a place on the disk; '' for the phantom, which has none until it is drawn."
+    "The root as a place on the disk; '' for the phantom."
     return '' if self.root == 'phantom' else self.root
 
+# %% ../nbs/03_data.ipynb #deadea1b
 @patch(as_prop=True)
 def policy(self: DataConfig) -> str:
     "Which split follows from what is given; a prepared dataset brings its own."
@@ -219,6 +222,7 @@ def _with_mpp(df, cfg: DataConfig) -> pd.DataFrame:
         mpp=df.mpp.astype(float).fillna(cfg.mpp) if 'mpp' in df else cfg.mpp
     )
 
+# %% ../nbs/03_data.ipynb #ee9eba1c
 def _training_mpp(df, size) -> float:
     "µm per pixel of the training patches; a warning where two sizes are mixed."
     if 'mpp' not in df: return np.nan
@@ -248,6 +252,7 @@ def _stamps(df) -> tuple[np.ndarray, np.ndarray]:  # (N,) bytes; nanoseconds
     a = np.array([known[f] for f in files], np.int64).reshape(-1, 2)
     return a[:, 0], a[:, 1]
 
+# %% ../nbs/03_data.ipynb #792be6ff
 def _cache_file(cfg, df, stamps, cache_dir) -> Path | None:
     "Where the decoded patches of these files are kept; None: nowhere."
     if not cache_dir or len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
@@ -256,10 +261,12 @@ def _cache_file(cfg, df, stamps, cache_dir) -> Path | None:
     )
     return Path(cache_dir, f'patches-{cfg.image_size}px-{key[:24]}.npy')
 
+# %% ../nbs/03_data.ipynb #cf055878
 def _cached(file) -> MappedImages | None:
     "Decoded patches of an earlier start."
     return MappedImages(file) if file and file.is_file() else None
 
+# %% ../nbs/03_data.ipynb #9edca58f
 def _keep(images, file):
     "Write decoded patches for others, and map them."
     if file is None or images is None: return images
@@ -291,6 +298,7 @@ def _check_unchanged(df, stamps, cfg, progress):
             f'({named(changed)}); restore them or start a new run'
         )
 
+# %% ../nbs/03_data.ipynb #74edc1d9
 def _decode_all(df, cfg, progress) -> np.ndarray | None:
     "Patches of known files, when they fit."
     if len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
@@ -314,6 +322,7 @@ def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
     images = _cached(file)
     return df, _keep(_decode_all(df, cfg, progress), file) if images is None else images
 
+# %% ../nbs/03_data.ipynb #3629d5fb
 def _say_added(cfg, df):
     "What came into the folders after the run began is not used."
     for root in filter(None, (cfg.root, cfg.test_root)):
@@ -363,6 +372,7 @@ def _started(cfg: DataConfig, progress, cache_dir, rank):
     if table and images is not None: save_manifest(df, table)
     return df, images
 
+# %% ../nbs/03_data.ipynb #ad56568d
 def _shared_table(cfg, df, cache_dir) -> Path | None:
     "Where the first process leaves its manifest for the others."
     if not cache_dir: return None
@@ -372,7 +382,7 @@ def _shared_table(cfg, df, cache_dir) -> Path | None:
 # %% ../nbs/03_data.ipynb #53c514a4
 # the manifest as it was
 def _same_prepared(df, prepared: pd.DataFrame, root) -> pd.DataFrame:
-    "A manifest of a run, after a check that the prepared dataset is the one it began with."
+    "A manifest of a run, once the prepared dataset is the one it began with."
     if 'store_row' not in df:
         raise InputError(
             f'{root}: the run began on folders, not on this prepared dataset; give '
@@ -460,7 +470,7 @@ def _check_use(df, cfg: DataConfig):
 
 # %% ../nbs/03_data.ipynb #2a2cb691
 def _loader(cfg: DataConfig, data, batches, pin):
-    "A loader whose every item is a whole batch; it leaves the global random state alone."
+    "A loader of whole batches; it leaves the global random state alone."
     import torch
     from torch.utils.data import DataLoader
     return DataLoader(
@@ -513,6 +523,7 @@ def open_data(
         cfg, classes, df, images, order, train, held, _training_mpp(df, cfg.image_size)
     )
 
+# %% ../nbs/03_data.ipynb #fb501013
 def _batches(order, size):
     "Whole batches of an order, the last one perhaps cut short."
     from torch.utils.data import BatchSampler

@@ -49,7 +49,7 @@ _SILENT = frozenset(
 
 # %% ../nbs/02_folders.ipynb #1d9c781e
 def _is_picture_of_another_kind(path) -> bool:
-    "Does a file that is not read look like a picture, by its suffix or its first bytes?"
+    "Does a file that is not read look like a picture, by suffix or first bytes?"
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _OTHER: return True
     if suffix in _SILENT: return False
@@ -68,7 +68,8 @@ def mark_cache(
     "Mark a folder as a cache, for this program and for backup programs."
     tag = Path(folder, _TAG)
     tag.parent.mkdir(parents=True, exist_ok=True)
-    text = 'Signature: 8a477f597d28d172789f06886806bc55\n# Made by histogan; may be removed.\n'
+    text = 'Signature: 8a477f597d28d172789f06886806bc55\n'
+    text += '# Made by histogan; may be removed.\n'
     if not tag.exists(): write_file(tag, text)
     return tag.parent
 
@@ -94,6 +95,7 @@ def own_kind(
         return 'cache'
     return ''
 
+# %% ../nbs/02_folders.ipynb #147ed7e1
 def is_own(
     folder: str | Path,  # any folder
 ) -> bool:
@@ -108,6 +110,7 @@ class _Found(NamedTuple):
     own: list  # (path, what) of folders that this program wrote
     links: list  # links that lead to other classes
 
+# %% ../nbs/02_folders.ipynb #d76df493
 def _below(folder, root) -> _Found:
     "Look through a class folder."
     def _stop(e):
@@ -142,11 +145,11 @@ def _leads_up(here, name, inside, top, links) -> bool:
     links.append(path)
     return True
 
-
+# %% ../nbs/02_folders.ipynb #3bd00659
 def _within(path, folder):
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
-
+# %% ../nbs/02_folders.ipynb #91080cb5
 def _sort_files(here, files, found):
     "Pictures that are read, and those that are not."
     for f in files:
@@ -184,6 +187,7 @@ def _class_folders(root) -> list[Path]:  # sorted
         raise InputError(f'{root}: holds no class folder{_arrays_in(inside)}; {_GIVE}')
     return folders
 
+# %% ../nbs/02_folders.ipynb #1e146791
 def _arrays_in(paths) -> str:
     "A hint where there are array files."
     arrays = [p for p in paths if p.suffix.lower() in ARRAY_SUFFIXES]
@@ -202,6 +206,7 @@ def looks_like_split(
     words = re.findall('[a-z]+', name.lower())
     return 0 < len(words) <= 2 and any(w in _SPLIT_WORDS for w in words)
 
+# %% ../nbs/02_folders.ipynb #d8a83f66
 def _subfolders(folder) -> list[str]:  # none where images lie beside them
     "Names of the folders that stand where images are expected."
     inside = [p for p in Path(folder).iterdir() if p.name[0] != '.']
@@ -237,6 +242,7 @@ def _check_level(root, counts: dict):
             f'list the patches in a table'
         )
 
+# %% ../nbs/02_folders.ipynb #9afbffa9
 def _refuse_splits(root, splits, lower):
     "The first level holds splits."
     first = next((s for s in splits if 'train' in s.lower()), splits[0])
@@ -279,6 +285,7 @@ def named(
     more = f' | and {len(bad) - n} more' if len(bad) > n else ''
     return ' | '.join(map(str, bad[:n])) + more
 
+# %% ../nbs/02_folders.ipynb #4667eb85
 def classes_line(
     df: pd.DataFrame,  # with label
     where: str = '',  # where they were found
@@ -291,7 +298,7 @@ def classes_line(
 
 # %% ../nbs/02_folders.ipynb #ac3d2093
 def _label_names(raw) -> dict:  # label as written -> label
-    "Labels without blanks around them and with accents composed; what falls together is said."
+    "Labels without blanks around them, accents composed; what falls together is said."
     names = {s: unicodedata.normalize('NFC', s).strip() for s in sorted(set(raw))}
     for name, n in Counter(names.values()).items():
         if n > 1:
@@ -367,12 +374,13 @@ def _classes_alone(root, found: dict) -> dict:  # without what is no class
         )
     return found
 
+# %% ../nbs/02_folders.ipynb #a24df95d
 def _suffixes(paths) -> str:
     "How many of each kind."
     kinds = Counter(os.path.splitext(p)[1].lower() or 'no suffix' for p in paths)
     return ', '.join(f'{k} {n}' for k, n in kinds.most_common(5))
 
-
+# %% ../nbs/02_folders.ipynb #e244940c
 def _instead(f: _Found) -> str:
     return f' that can be read ({_suffixes(f.others)})' if f.others else ''
 

@@ -39,6 +39,7 @@ def to_float(
     "Bytes to the range the networks work in."
     return x.float()/127.5 - 1
 
+# %% ../nbs/01_images.ipynb #c8a7cbcb
 def to_uint8(
     x,  # float tensor of any shape; what lies outside [-1, 1] is clamped
 ):  # uint8 tensor of that shape
@@ -56,6 +57,7 @@ def thumbnail(
     grey = Image.fromarray(img).convert('L')
     return np.array(grey.resize((THUMB, THUMB), Image.Resampling.LANCZOS))
 
+# %% ../nbs/01_images.ipynb #cea5431b
 def pixel_hash(
     img: np.ndarray,  # (H, W, 3) uint8
 ) -> str:  # 64 hexadecimal digits
@@ -129,7 +131,7 @@ def correlation(
 HASH_BITS = 8
 
 def _expand(first, count, order, limit=2**22):
-    "Pairs of a look-up, about `limit` at a time: query k meets order[first[k]:][:count[k]]."
+    "Pairs of a look-up, about `limit` at a time."  # query k meets order[first[k]:]
     total = np.cumsum(count)
     cuts = np.searchsorted(total, np.arange(limit, total[-1], limit))
     edges = np.unique(np.r_[0, cuts, len(count)])
@@ -155,10 +157,12 @@ def _candidates(query, table):
 # %% ../nbs/01_images.ipynb #fbc58334
 def _parts(a): return np.array_split(a, len(a)//4096 + 1)  # in memory at a time
 
+# %% ../nbs/01_images.ipynb #0236c3b5
 def _hashes(thumbs, rows, o=0):
     "Hashes of some thumbnails, a part at a time."
     return np.concatenate([phash(thumbs[p], [o])[0] for p in _parts(rows)])
 
+# %% ../nbs/01_images.ipynb #f61e929d
 def _verified(thumbs, i, j, o, threshold) -> np.ndarray:  # (n, 4): i, j, o, correlation
     "Those of some pairs that correlate."
     c = correlation(unshaded(orient(thumbs[i], o)), unshaded(thumbs[j]))
@@ -299,10 +303,12 @@ def _jpeg_damage(b) -> str | None:
         return 'holds more data than its pixels need (overwritten in the middle)'
     return None
 
+# %% ../nbs/01_images.ipynb #c71deae7
 def _grows(data, small) -> bool:
     "Do more bytes make other pixels?"
     return _pixels(data + _EXTRA, small) != _pixels(data + _END, small)
 
+# %% ../nbs/01_images.ipynb #334869b0
 def _is_surplus(data) -> bool:
     "Are the last 16 bytes of the coded pixels never read?"
     return all(
@@ -313,7 +319,7 @@ def _is_surplus(data) -> bool:
 _ZEROS = re.compile(rb'\x00{16}')
 
 def _missing_scans(b, segments) -> str | None:
-    "Does every component of a progressive JPEG get all 64 coefficients, to the last bit?"
+    "Does every component of a progressive JPEG get all coefficients, to the last bit?"
     left, details = {}, False  # (component, coefficient) -> bits still to come
     for kind, at, end in segments:
         if kind == 0xC2:
@@ -356,9 +362,11 @@ def _lost_sectors(b, width) -> str | None:
     for run in _LOST.finditer(b):
         whole_rows = (run.end() - run.start()) % (3*width) == 0
         if run.start() % _SECTOR == 0 and run.end() % _SECTOR == 0 and not whole_rows:
-            return f'holds {run.end() - run.start()} zero bytes from byte {run.start()} on (lost sectors)'
+            n, at = run.end() - run.start(), run.start()
+            return f'holds {n} zero bytes from byte {at} on (lost sectors)'
     return None
 
+# %% ../nbs/01_images.ipynb #10ec07e1
 def _webp_damage(b) -> str | None:
     "A WebP's length, and zeros, which its coder does not write."
     if len(b) < 12 or int.from_bytes(b[4:8], 'little') + 8 > len(b): return 'is cut off'
@@ -377,6 +385,7 @@ def _tiff_damage(im, b) -> str | None:
             return 'holds a run of zero bytes where pixels should be'
     return None
 
+# %% ../nbs/01_images.ipynb #7621e4f9
 def _damage(im, b) -> str | None:
     "What is wrong with a file that decodes."
     if im.format == 'JPEG': return _jpeg_damage(b)
@@ -454,6 +463,7 @@ def _fault_of(path, e) -> str:
     why = ' '.join(str(e).split())[:80] or type(e).__name__
     return f'is broken or cut off ({why}); copy it again or remove it'
 
+# %% ../nbs/01_images.ipynb #c98bdcf2
 def _no_file(path) -> str:
     "A file that is not there, or a link to nowhere."
     if not os.path.islink(path): return 'does not exist; check the path'

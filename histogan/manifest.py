@@ -72,6 +72,7 @@ def _header_names(line, sep) -> list[str]:
         for c, l in zip(names, lower)
     ]
 
+# %% ../nbs/02_manifest.ipynb #c74a35d3
 def _separator(line) -> str:
     "What stands between the columns: the one that yields a column path."
     return next((s for s in ',;\t|' if 'path' in _header_names(line, s)), ',')
@@ -133,7 +134,7 @@ def check_split(
 
 # %% ../nbs/02_manifest.ipynb #57ae18de
 def _there(paths) -> np.ndarray:  # (N,) bool
-    "Which files exist; folders are listed once. A link to nowhere exists: reading it names it."
+    "Which files exist; folders are listed once. Reading names a link to nowhere."
     files = [_file_of(p) for p in paths]
     places = [_place(f) for f in files]
     counts, known = Counter(d for d, _ in places), {}
@@ -151,11 +152,13 @@ def _there(paths) -> np.ndarray:  # (N,) bool
         bool,
     )
 
+# %% ../nbs/02_manifest.ipynb #42793fb3
 def _place(file):
     "Folder and name."
     folder, found, name = file.rpartition('/')
     return (folder, name) if found and os.sep == '/' else os.path.split(file)
 
+# %% ../nbs/02_manifest.ipynb #3c25a62e
 def _listing(folder) -> set:
     "Names of what is no folder."
     try:
@@ -178,6 +181,7 @@ def _spellings(paths):
         for form in ('NFC', 'NFD'):
             yield [unicodedata.normalize(form, p) for p in paths]
 
+# %% ../nbs/02_manifest.ipynb #c1be3aa9
 def _leading(paths) -> list[str]:
     "The folders that all paths begin with."
     folders = {os.path.dirname(p) for p in paths}
@@ -188,6 +192,7 @@ def _leading(paths) -> list[str]:
         s for s in os.path.splitdrive(common)[1].replace(os.sep, '/').split('/') if s
     ]
 
+# %% ../nbs/02_manifest.ipynb #69fba601
 def _tails(paths):
     "The paths without 0, 1, 2, … of the folders that all begin with."
     depth = len(_leading(paths))
@@ -206,6 +211,7 @@ def _candidates(paths, root, others):
         start = os.path.join(base, '')
         yield base, [p if a else start + p for p, a in zip(paths, absolute)]
 
+# %% ../nbs/02_manifest.ipynb #8ef47cc0
 def _located(path, paths, root, others, option) -> list[str]:
     "The files of a table below one base."
     most, tried = None, {}
@@ -234,8 +240,10 @@ def _located(path, paths, root, others, option) -> list[str]:
         f'{option}'
     )
 
+# %% ../nbs/02_manifest.ipynb #00874953
 def _file_of(p): return m[0] if '#' in p and (m := member_of(p)) else p
 
+# %% ../nbs/02_manifest.ipynb #71f95a02
 def _said_base(path, found, base, root, option) -> list[str]:
     "Say it when the folder that was given is not the one."
     if root and base != str(root):
@@ -248,6 +256,7 @@ def _said_base(path, found, base, root, option) -> list[str]:
 # %% ../nbs/02_manifest.ipynb #419a3c2e
 def _card_of(path) -> Path: return Path(path).with_suffix('.base.json')
 
+# %% ../nbs/02_manifest.ipynb #aee299a7
 def _bases(path) -> list[str]:
     "Where relative paths of a table may start, beside the folder given."
     here = os.path.dirname(os.path.abspath(path))
@@ -302,6 +311,7 @@ def _columns_named(df, path, group_column, split_column) -> pd.DataFrame:
         if own == 'split' and not name: df = df.drop(columns='split', errors='ignore')
     return df
 
+# %% ../nbs/02_manifest.ipynb #0cf31ca8
 def _clean_text(df, path) -> pd.DataFrame:
     "Labels, groups and splits without blanks around them."
     df = df.assign(
@@ -338,6 +348,7 @@ def _whole(column, path):
         )
     return column.astype('int64')
 
+# %% ../nbs/02_manifest.ipynb #dce74c69
 def _sizes(column, path):
     "A column of µm per pixel; empty is unknown."
     numbers = pd.to_numeric(
@@ -351,6 +362,7 @@ def _sizes(column, path):
         )
     return numbers
 
+# %% ../nbs/02_manifest.ipynb #83a530a6
 def _all_located(df, path, root, test_root) -> list[str]:
     "The files of one table; those of a second root below that one."
     # a prepared dataset needs no files
@@ -390,11 +402,13 @@ def save_manifest(
         whole = [p[len(base):].lstrip(os.sep).replace(os.sep, '/') for p in whole]
     return write_table(path, df.assign(path=whole))
 
+# %% ../nbs/02_manifest.ipynb #3fb904e8
 def _shared_folder(paths) -> str:  # '' on two disks
     "The folder that all files are in."
     try: return os.path.commonpath({os.path.dirname(_file_of(p)) for p in paths})
     except ValueError: return ''
 
+# %% ../nbs/02_manifest.ipynb #6677f498
 def _relative(path, start) -> str:
     "A relative path; the whole one on another disk."
     try: return os.path.relpath(path, start).replace(os.sep, '/')

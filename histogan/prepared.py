@@ -107,6 +107,7 @@ class PreparedDataset(NamedTuple):
     card: dict  # prepare.json
     manifest: pd.DataFrame  # a row for each kept patch; store_row is its place
 
+# %% ../nbs/02_prepared.ipynb #a397b76a
 _KEPT_COLUMNS = (
     'path',
     'label',
@@ -155,6 +156,7 @@ def read_all(
         if c in df: df[c] = df[c].astype(int)
     return df.assign(store_row=np.arange(len(df)))
 
+# %% ../nbs/02_prepared.ipynb #988b9fe7
 def verify_prepared(
     root: str | Path,  # folder of a prepared dataset
 ) -> list[int]:  # rows of the manifest whose pixels are not those written

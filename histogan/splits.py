@@ -46,6 +46,7 @@ def _examine(path, size) -> tuple | str:  # (facts, thumbnail, resized) or the f
     facts = img.shape[1], img.shape[0], pixel_hash(img), length, time, mpp
     return facts, thumbnail(img), resize(img, size) if size else None
 
+# %% ../nbs/02_splits.ipynb #b2b6f271
 def _in_threads(f, items, workers):
     "`map` in order, over threads; nothing new is started after an interruption."
     pool = ThreadPoolExecutor(workers)
@@ -84,7 +85,7 @@ def inspect(
 
 # %% ../nbs/02_splits.ipynb #f0667c65
 def _with_facts(df, rows) -> pd.DataFrame:
-    "A manifest with what was found; µm per pixel only where a file or the table says it."
+    "A manifest with what was found; µm per pixel only where something says it."
     facts = dict(zip(_FACTS, zip(*rows)))
     mpp = np.array(facts.pop('mpp'), float)
     if 'mpp' in df: mpp = np.where(np.isnan(df.mpp.to_numpy(float)), mpp, df.mpp)
@@ -112,6 +113,7 @@ def linked_groups(
     graph = coo_array((np.ones(len(a)), (a, b)), (len(df),)*2)
     return connected_components(graph, directed=False)[1]
 
+# %% ../nbs/02_splits.ipynb #d3a8eb69
 def _first(values) -> np.ndarray:
     "For each row, the first row with the same value."
     code = pd.factorize(values)[0]
@@ -123,7 +125,7 @@ def find_copies(
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
     threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
 ) -> pd.DataFrame:  # i < j, kind exact or near, orientation, correlation
-    "Exact copies, each with the first of its kind, and near copies among the first ones."
+    "Exact copies, each with its first one, and near copies among the first ones."
     good = np.flatnonzero(df.sha256 != '')
     first = good[np.unique(df.sha256.iloc[good], return_index=True)[1]]
     at, again = pd.Series(first, df.sha256.iloc[first]), np.setdiff1d(good, first)
@@ -177,6 +179,7 @@ def _place_units(counts, target, seed) -> np.ndarray:  # (U,) split of each unit
         have[s] += g
     return _place_singles(to, counts, order[size[order] == 1], target - have)
 
+# %% ../nbs/02_splits.ipynb #e8a50371
 def _place_singles(to, counts, single, missing) -> np.ndarray:
     "Units of one patch fill what is missing."
     for c in range(counts.shape[1]):
@@ -187,7 +190,7 @@ def _place_singles(to, counts, single, missing) -> np.ndarray:
 
 # %% ../nbs/02_splits.ipynb #cb990bac
 def _fill_gaps(to, counts, target) -> np.ndarray:  # (U,) split of each unit
-    "Give every split at least one unit of every class that it wants, where that is possible."
+    "Give every split a unit of every class that it wants, where that is possible."
     to, size = to.copy(), counts.sum(1)
     for s, c in zip(*np.nonzero(target)):
         have = np.stack([counts[to == k].sum(0) for k in range(len(target))])
@@ -202,13 +205,14 @@ def _fill_gaps(to, counts, target) -> np.ndarray:  # (U,) split of each unit
 
 # %% ../nbs/02_splits.ipynb #d7f62f8b
 def _place_rows(df, rows, want, seed) -> np.ndarray:  # (len(rows),) 0, 1 or 2
-    "Split some rows of a manifest with a column unit; `want` maps class sizes to targets."
+    "Split some rows of a manifest; `want` maps class sizes to targets."
     unit, label = (pd.factorize(df[c].to_numpy()[rows])[0] for c in ('unit', 'label'))
     counts = np.zeros((unit.max() + 1, label.max() + 1), int)
     np.add.at(counts, (unit, label), 1)
     target = want(counts.sum(0))
     return _fill_gaps(_place_units(counts, target, seed), counts, target)[unit]
 
+# %% ../nbs/02_splits.ipynb #f115fb5a
 def _halves(n):
     "The wanted numbers of a root that is for evaluation alone."
     return np.stack([0*n, n - n//2, n//2])
@@ -266,7 +270,7 @@ def split(
 
 # %% ../nbs/02_splits.ipynb #2377f5a5
 def _checked(df) -> pd.DataFrame:  # the same
-    "A split made by hand: reported when it leaks, refused when it cannot be trained on."
+    "A split made by hand: reported when it leaks, refused when nothing trains."
     if 'split' not in df:
         raise InputError('manual_csv: the manifest has no column split; add it')
     lost = sorted(set(df.label) - set(df.label[df.split == 'train']))
@@ -283,6 +287,7 @@ def _checked(df) -> pd.DataFrame:  # the same
         )
     return df
 
+# %% ../nbs/02_splits.ipynb #a59bfa7b
 def _say_two_labels(df):
     "One picture under two labels teaches both."
     kinds = df.groupby('sha256', sort=False).label.nunique()
