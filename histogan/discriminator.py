@@ -23,12 +23,15 @@ from torch.nn.utils.parametrizations import spectral_norm
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     "What D is made of."
-    num_classes: int = 9  # classes; ≥ 1; seed
-    img_res: int = 256  # IMAGE_SIZE: side of the input; px; power of two ≥ 8; seed
-    pixel: bool = True  # a network of its own on the pixels; seed
-    d_base_ch: int = 96  # D_BASE_CH: channels of the first convolution; ≥ 1; seed
-    spectral_norm: bool = True  # bound the gain of every convolution; seed
-    duet_dim: int = 0  # length of the encoder's vector; 0 = no duet head; seed 768
+    num_classes: int = 9  # classes; ≥ 1; original recipe
+    # IMAGE_SIZE: side of the input; px; power of two ≥ 8; original recipe
+    img_res: int = 256
+    pixel: bool = True  # a network of its own on the pixels; original recipe
+    # D_BASE_CH: channels of the first convolution; ≥ 1; original recipe
+    d_base_ch: int = 96
+    spectral_norm: bool = True  # bound the gain of every convolution; original recipe
+    # length of the encoder's embedding; 0 = no duet head; original recipe 768
+    duet_dim: int = 0
     heads: tuple[int, ...] = ()  # channels of the encoder's maps, a head each
     head_in: int = 32  # channels a head keeps of its map; ≥ 1; modern preset
     head_ch: int = 64  # channels inside a head; ≥ 1; modern preset
@@ -103,7 +106,7 @@ class Discriminator(nn.Module):
 
 # %% ../nbs/20_discriminator.ipynb #849f09ce
 class DOutput(NamedTuple):
-    "Every part of D's verdict."
+    "Every logit of D, and its features."
     logit: torch.Tensor  # (N,) base + proj + alpha·duet; mean of the heads if no pixel
     logit_base: torch.Tensor | None  # (N,) from the pixels
     logit_proj: torch.Tensor | None  # (N,) do pixels and label fit together
@@ -152,7 +155,9 @@ class MapHead(nn.Module):
     ):
         super().__init__()
         c, norm, self.head_px = cfg.head_ch, cfg.spectral_norm, cfg.head_px
-        self.register_buffer('mix', None if cfg.cross_scale else random_mix(c_in, cfg.head_in))
+        self.register_buffer(
+            'mix', None if cfg.cross_scale else random_mix(c_in, cfg.head_in)
+        )
         self.conv1 = conv(cfg.head_in, c, 3, norm=norm)
         self.conv2 = conv(c, c, 3, norm=norm)
         self.to_logit = conv(c, 1, 1, norm=norm)
@@ -273,12 +278,20 @@ class CombinedCondDiscriminator(nn.Module):
     ):
         super().__init__()
         if not (cfg.pixel or cfg.heads):
-            raise ValueError('neither pixel nor heads: nothing is left that discriminates')
+            raise ValueError(
+                'neither pixel nor heads: nothing is left that discriminates'
+            )
         self.cfg, self._encoder = cfg, (encoder,)
         self.base = Discriminator(cfg) if cfg.pixel else None
-        self.embed = nn.Embedding(cfg.num_classes, self.base.out_ch) if cfg.pixel else None
+        self.embed = (
+            nn.Embedding(cfg.num_classes, self.base.out_ch) if cfg.pixel else None
+        )
         self.duet = nn.Linear(cfg.duet_dim, 1) if cfg.duet_dim else None
-        self.heads, self.cross, self.pairs = map_heads(cfg), mixers(cfg), pair_heads(cfg)
+        self.heads, self.cross, self.pairs = (
+            map_heads(cfg),
+            mixers(cfg),
+            pair_heads(cfg),
+        )
 
     def forward(self,
         x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
