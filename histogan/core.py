@@ -70,7 +70,7 @@ def disk_error(
 _OPEN_ELSEWHERE = (5, 32)  # Windows: access denied, sharing violation
 
 def fix_for(
-    e: OSError,  # from `disk_error`
+    e: OSError,  # from disk_error
 ) -> str:  # what the user can do
     "The way on after an error of the disk."
     if getattr(e, 'winerror', None) in _OPEN_ELSEWHERE:
@@ -210,7 +210,7 @@ def read_table(
     # columns that hold numbers, or a function of a column's name; the others are text
     numbers=(),
     columns=None,  # names that must be there
-    only: bool = False,  # read `columns` alone
+    only: bool = False,  # read columns alone
 ):  # DataFrame
     "Read a table as it was written; a fault names file, line and column."
     df = _read_text(path, columns if only else None)
@@ -456,7 +456,7 @@ def _is_command(argv):
 @contextlib.contextmanager
 def interruption(
     # exit code of a process that hears a second signal; None: that of the command
-    # line if `run_program` runs one, else KeyboardInterrupt
+    # line if run_program runs one, else KeyboardInterrupt
     end: int | None = None,
 ):
     "Yield a list that fills when SIGINT or SIGTERM arrives."

@@ -250,7 +250,7 @@ def lost_peer(
 
 # %% ../nbs/43_dist.ipynb #ea25943f
 def elsewhere(
-    e: BaseException,  # as caught by `run_program`
+    e: BaseException,  # as caught by run_program
 ):  # (exit code, last words); None for an error of this process's own
     "How a process ends because of another one."
     if isinstance(e, Elsewhere): return 2, ''
@@ -276,7 +276,7 @@ def local_rows(
 # %% ../nbs/43_dist.ipynb #836512b1
 def gather_batch(
     x,  # (n, …) tensor: this process's images
-    unit: int = 1,  # as for `local_rows`
+    unit: int = 1,  # as for local_rows
 ):  # (n × world(), …); the gradient, averaged over processes, is exact
     "The batch of all processes, in the order of a single one."
     if world() == 1: return x

