@@ -7,6 +7,7 @@ import torch
 
 from conftest import ROOT, run_cli
 from histogan.ablate import main
+from histogan.core import read_table
 
 torch.set_num_threads(1)
 QUICK = ['--quick', '--rows', 'poc,heads,modern']
@@ -81,3 +82,22 @@ def test_results_of_something_else_are_refused_and_kept(tmp_path, capsys, text, 
     path.write_text(text)
     assert main([*QUICK, '--out', str(tmp_path)]) == 2
     assert words in capsys.readouterr().err and path.read_text() == text
+
+def test_results_under_old_names_still_count(whole, tmp_path, capsys):
+    "A result as an earlier version wrote it: agreement for accuracy, gates for selection, and no fields that came later."
+    out, _ = whole
+    old = json.loads((out/'results'/'heads-0.json').read_text())
+    old['agreement_G'] = old.pop('accuracy_G')
+    q = old['quality']
+    old['quality'] = {k.replace('accuracy', 'agreement'): v for k, v in q.items() if k != 'repeats'}
+    name = lambda k: k.replace('selection.', 'gates.').replace('_accuracy', '_agreement')
+    old['settings'] = {name(k): 'gates' if v == 'selection' else v for k, v in old['settings'].items() if k not in ('g.padding', 'selection.max_repeats')}
+    path = tmp_path/'o'/'results'/'heads-0.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(old))
+    assert main([*QUICK[:2], 'heads', '--out', str(tmp_path/'o')]) == 0
+    said = capsys.readouterr()
+    assert '1 of 1 runs are there' in said.out and 'of an earlier version' in said.err
+    df = read_table(tmp_path/'o'/'ablation.csv', ('accuracy', 'accuracy_G'))
+    row = df[df.row == 'heads']
+    assert abs(row.accuracy.item() - sum(q['accuracy']) / len(q['accuracy'])) < 1e-3 and row.accuracy_G.notna().all()
