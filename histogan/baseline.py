@@ -194,7 +194,7 @@ def cnn_batches(
         x = cnn_augment(x, gen, cfg.jitter) * 2 - 1
         yield x.contiguous(memory_format=torch.channels_last), y.to(device)
 
-# %% ../nbs/64_baseline.ipynb #37b15053
+# %% ../nbs/64_baseline.ipynb #7fa7799f
 @torch.no_grad()
 def predict(
     net: nn.Module,  # evaluation mode
@@ -230,7 +230,7 @@ def cnn_eval(
 # %% ../nbs/64_baseline.ipynb #colour-features
 COLOUR = ('mean RGB', 'histogram')  # the controls' names
 
-# %% ../nbs/64_baseline.ipynb #86c3b38b
+# %% ../nbs/64_baseline.ipynb #8f5d5db8
 def colour_features(
     x: np.ndarray,  # (N, R, R, 3) uint8
     kind: str,  # one of COLOUR
@@ -266,7 +266,7 @@ def colour_eval(
     features = lambda p: torch.as_tensor(ready(colour_features(p.x, kind)))
     return {name: net(features(p)).numpy() for name, p in tests.items()}
 
-# %% ../nbs/64_baseline.ipynb #828536a4
+# %% ../nbs/64_baseline.ipynb #95fcb54f
 def _standardised(pools, kind):
     "Features of every pool, and the function that scales any to mean 0, std 1."
     raw = [colour_features(p.x, kind) for p in pools]
@@ -283,7 +283,7 @@ def confusion(
     z, t = torch.as_tensor(logits), torch.as_tensor(y)
     return tm.multiclass_confusion_matrix(z.argmax(1), t, z.shape[1]).numpy()
 
-# %% ../nbs/64_baseline.ipynb #a0855610
+# %% ../nbs/64_baseline.ipynb #804ab8c3
 def recalls(
     counts: np.ndarray,  # (C, C) from `confusion`
 ) -> np.ndarray:  # (C,) in [0, 1]; NaN for a class without test patches
@@ -294,7 +294,7 @@ def recalls(
 # %% ../nbs/64_baseline.ipynb #scores
 BINS = 15  # of the calibration error; Guo et al. 2017
 
-# %% ../nbs/64_baseline.ipynb #0602dca5
+# %% ../nbs/64_baseline.ipynb #e2c33d4e
 def scores(
     logits: np.ndarray,  # (N, C)
     y: np.ndarray,  # (N,) true classes
@@ -310,7 +310,7 @@ def scores(
                 ece=float(tm.multiclass_calibration_error(p, t, k, BINS)),
                 brier=float((p - F.one_hot(t, k)).square().sum(1).mean()))
 
-# %% ../nbs/64_baseline.ipynb #6e731fc2
+# %% ../nbs/64_baseline.ipynb #2f6afdaf
 def plot_confusion(
     counts: np.ndarray,  # (C, C): row true, column predicted
     classes: list,  # names
@@ -378,10 +378,10 @@ def plot_reliability(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/64_baseline.ipynb #106713d5
+# %% ../nbs/64_baseline.ipynb #d97deaad
 _DOTS = (('as trained', 'C3', False), ('with temperature', 'C0', True))
 
-# %% ../nbs/64_baseline.ipynb #4c5b553e
+# %% ../nbs/64_baseline.ipynb #dd738622
 def _reliability_dots(ax, seeds, label, colour, scaled):
     "Bins of at least 1 % as dots; the calibration error over all bins."
     y = np.concatenate([y for _, y, _ in seeds])

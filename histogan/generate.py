@@ -25,7 +25,7 @@ from .checkpoint import export_generator, load_generator
 from .core import InputError, hasher, read_json, read_table, run_program
 from .core import safe_names, warn_line, write_file, write_json, write_table
 from .data import to_uint8
-from .dist import Elsewhere, barrier, local_rank, on_first, processes, rank
+from .dist import barrier, elsewhere, local_rank, on_first, processes, rank
 from .dist import shard, world
 from .generator import Generator
 
@@ -49,7 +49,7 @@ def latents(
     z = torch.cat([G.draw_z(1, g) for g in gens])
     return z, [torch.cat(level) for level in zip(*(G.draw_noise(1, g) for g in gens))]
 
-# %% ../nbs/55_generate.ipynb #297a2f65
+# %% ../nbs/55_generate.ipynb #947b056a
 @torch.no_grad()
 def draw(
     G: Generator,  # eval mode
@@ -71,7 +71,7 @@ def fingerprint(
         h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/55_generate.ipynb #0550b09e
+# %% ../nbs/55_generate.ipynb #ed0eda1e
 def rows_for(
     G: Generator,  # from `load_generator`
     numbers: dict,  # class name -> numbers of its patches
@@ -116,6 +116,7 @@ def _known(name, classes):
         f'--classes {name}: unknown; the generator has {", ".join(classes)}'
         + suggestion(name, classes))
 
+# %% ../nbs/55_generate.ipynb #47db0bc6
 def _write_batch(G, out, rows):
     "Draw and save one batch."
     for folder in {(out / r['path']).parent for r in rows}: folder.mkdir(exist_ok=True)
@@ -149,7 +150,7 @@ def _write_list(out, G, seed):
         numbers[c] = sorted(int(m[1]) for m in found if m)
     write_table(out / 'patches.csv', pd.DataFrame(rows_for(G, numbers, seed)))
 
-# %% ../nbs/55_generate.ipynb #e546df9f
+# %% ../nbs/55_generate.ipynb #7649917c
 @torch.no_grad()
 def walk(
     G: Generator,  # eval mode
@@ -165,12 +166,13 @@ def walk(
     n = len(G.cfg.sizes)
     return G.synthesis(zc, w.expand(n, *w.shape), still).float().clamp(-1, 1)
 
+# %% ../nbs/55_generate.ipynb #62e91ae5
 def _between(v, frames):
     "(K, d) -> ((K - 1) * (frames - 1) + 1, d), in straight lines."
     t = torch.linspace(0, 1, frames, device=v.device)[:-1, None]
     return torch.cat([*(a + t * (b - a) for a, b in zip(v, v[1:])), v[-1:]])
 
-# %% ../nbs/55_generate.ipynb #3adaa47c
+# %% ../nbs/55_generate.ipynb #3bb921c7
 def save_walk(
     x: torch.Tensor,  # (N, 3, R, R) in [-1, 1], from `walk`
     path,  # .png: a strip; .gif: a loop
@@ -186,7 +188,7 @@ def save_walk(
     kw = dict(save_all=True, append_images=frames[1:], duration=ms, loop=0)
     return write_file(path, lambda f: frames[0].save(f, 'GIF', **kw))
 
-# %% ../nbs/55_generate.ipynb #14d1227b
+# %% ../nbs/55_generate.ipynb #5a7d0ad4
 class OnnxGenerator(nn.Module):
     "The generator with its noise in one tensor: (z, y, noise) to images."
     def __init__(self,
@@ -204,7 +206,7 @@ class OnnxGenerator(nn.Module):
         maps = [m.reshape(-1, 1, r, r) for m, r in flat]
         return self.G(z, y, noise=maps).clamp(-1, 1)
 
-# %% ../nbs/55_generate.ipynb #512d0c92
+# %% ../nbs/55_generate.ipynb #d5745f1c
 def export_onnx(
     G: Generator,  # from `load_generator`; on the CPU
     path,  # file to write
@@ -229,7 +231,7 @@ def export_onnx(
     onnx.helper.set_model_props(made, facts)
     return write_file(path, made.SerializeToString())
 
-# %% ../nbs/55_generate.ipynb #a2480d61
+# %% ../nbs/55_generate.ipynb #f7f0dd7d
 def flat_noise(
     noise: list,  # over blocks of (N, 1, r, r), from `draw_noise` or `latents`
 ) -> torch.Tensor:  # (N, K): what the ONNX model takes
@@ -280,9 +282,9 @@ def main(
     "`python -m histogan.generate`."
     said = 'interrupted; what is drawn is kept, and the same command goes on'
     where = f'process {rank()}' if rank() else ''
-    elsewhere = lambda e: (2, '') if isinstance(e, Elsewhere) else None
     return run_program(_main, argv, said, where, elsewhere)
 
+# %% ../nbs/55_generate.ipynb #c9736b5e
 def _main(argv):
     a = tyro_parse(GenerateArgs, argv, 'histogan.generate')
     device = f'cuda:{local_rank()}' if a.device == 'cuda' and world() > 1 else a.device
@@ -295,7 +297,7 @@ def _main(argv):
     if rank() == 0:
         print(f'{len(table)} patches of {table.label.nunique()} classes in {a.out}')
 
-# %% ../nbs/55_generate.ipynb #5cf530e6
+# %% ../nbs/55_generate.ipynb #4376887e
 def _do_walk(G, a):
     "A walk through the classes with one seed, or through seeds of one class."
     names = list(a.classes) or list(G.classes)
@@ -306,13 +308,16 @@ def _do_walk(G, a):
     x = walk(G, stations, a.frames)
     print(f'{len(x)} frames in {save_walk(x, a.walk)}')
 
+# %% ../nbs/55_generate.ipynb #a1776047
 def _do_onnx(G, a): print(f'generator in {export_onnx(G.cpu(), a.onnx)}')
 
+# %% ../nbs/55_generate.ipynb #7ce79bfd
 def _do_export(G, a):
     card = Path(a.source, 'MODEL_CARD.md')
     text = card.read_text(encoding='utf-8') if card.is_file() else ''
     print(f'generator in {G.save_pretrained(a.export, text)}')
 
+# %% ../nbs/55_generate.ipynb #bd530955
 _INSTEAD = dict(walk=_do_walk, onnx=_do_onnx, export=_do_export)
 
 # %% ../nbs/55_generate.ipynb #36118dde

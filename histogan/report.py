@@ -29,8 +29,9 @@ from .generate import draw, patch_seed
 from .generator import FRONT
 from .guards import saturation_threshold
 from .page import figure, page, section, table, text, write_page
+from .step import COLUMNS
 
-# %% ../nbs/66_report.ipynb #e249883e
+# %% ../nbs/66_report.ipynb #7546ac80
 def verdicts(
     card: dict,  # of the best model; `quality` holds its figures
     s,  # SelectionConfig: the thresholds
@@ -60,7 +61,7 @@ def verdicts(
         (ratio <= s.max_fd_ratio, 'Fréchet distance to reals',
          f'{ratio:.2f} × that between two sets of reals; at most {s.max_fd_ratio:g}')]
 
-# %% ../nbs/66_report.ipynb #3b3d894c
+# %% ../nbs/66_report.ipynb #aeba86c3
 def _repeats(q, s):
     "Mode collapse within a class, where it was measured."
     again = q.get('repeats')
@@ -70,6 +71,7 @@ def _repeats(q, s):
     most = f'{s.max_repeats:g} and {s.max_class_repeats:g}'
     return [(ok, 'Samples that repeat another', f'{words}; at most {most}')]
 
+# %% ../nbs/66_report.ipynb #8f9cc3ae
 def verdict_list(
     lines: list,  # from `verdicts`
 ) -> str:  # HTML
@@ -110,6 +112,7 @@ def _table(path, numbers=()):
     if not path.exists() or not path.stat().st_size: return pd.DataFrame()
     return read_table(path, numbers)
 
+# %% ../nbs/66_report.ipynb #66902207
 def _read_events(path):
     "What guards did; scores of healthy checkpoints and a torn last line are left out."
     rows = []
@@ -140,6 +143,7 @@ def read_run(
 _CLASSES_SHOWN = 20  # more make a page nobody scrolls through; decided
 _SIDE = 96  # px of a patch on the page
 
+# %% ../nbs/66_report.ipynb #e5ea8682
 def _reals(r, k):
     "label -> up to k training patches; {} when the files are gone."
     try:
@@ -151,6 +155,7 @@ def _reals(r, k):
                 for c, g in groups}
     except (InputError, OSError): return {}
 
+# %% ../nbs/66_report.ipynb #520f0209
 def _reader(r, df):
     "Row of the manifest -> (R, R, 3) uint8, from its file or a prepared dataset."
     size, images = r.cfg.data.image_size, Path(r.cfg.data.root or '.') / 'images.npy'
@@ -159,14 +164,18 @@ def _reader(r, df):
     kept = np.load(images, mmap_mode='r')
     return lambda row: resize(np.asarray(kept[int(row.store_row)]), size)
 
+# %% ../nbs/66_report.ipynb #dec525d4
 def _spread(n, k): return np.unique(np.linspace(0, n - 1, k).astype(int))
 
-# %% ../nbs/66_report.ipynb #ce24af39
+# %% ../nbs/66_report.ipynb #aac0cdaa
 def _located(r):
     "The manifest with the places of its files; None when there is none."
     if not len(r.manifest): return None
-    return load_manifest(r.folder / 'artifacts' / 'manifest.csv')
+    d, path = r.cfg.data, r.folder / 'artifacts' / 'manifest.csv'
+    root = '' if r.cfg.is_phantom else d.root
+    return load_manifest(path, root, test_root=d.test_root)
 
+# %% ../nbs/66_report.ipynb #54e20b45
 def _samples(r, k):
     "label -> k samples of the best model; {} when there is no generator."
     try: G = load_generator(r.folder)
@@ -175,6 +184,7 @@ def _samples(r, k):
     return {c: [i.permute(1, 2, 0).numpy() for i in to_uint8(
         draw(G, [y] * k, [patch_seed(0, y, j) for j in range(k)]))] for y, c in shown}
 
+# %% ../nbs/66_report.ipynb #f53d8481
 def _strip(patches):
     "Patches in a row, no larger than they are shown."
     side = min(len(patches[0]), _SIDE)
@@ -196,6 +206,7 @@ def _beside(r, k=8):
     rest = text(f'{more} more classes are not shown.') if more > 0 else ''
     return section('Samples beside reals', lead, *parts, rest)
 
+# %% ../nbs/66_report.ipynb #aa6044f3
 def _pair(name, real, fake):
     "One class: two strips."
     known = f' ({CLASSES[name]})' if name in CLASSES else ''
@@ -203,12 +214,13 @@ def _pair(name, real, fake):
              for what, p in (('real', real), ('synthetic', fake)) if p]
     return f'<h3>{escape(name + known)}</h3><div class=grid>{"".join(shown)}</div>'
 
+# %% ../nbs/66_report.ipynb #e214eb31
 def _best(r):
     "Which model it is."
     if 'step' not in r.card: return ''
     return f' (step {r.card["step"]}, chosen by {r.card.get("metric")})'
 
-# %% ../nbs/66_report.ipynb #7265b57e
+# %% ../nbs/66_report.ipynb #24672dff
 def _source(cfg):
     "What the run was trained on, in words."
     d = cfg.data
@@ -217,7 +229,7 @@ def _source(cfg):
     if d.manifest: return f'the manifest {Path(d.manifest).name}'
     return f'the patches in {d.root}'
 
-# %% ../nbs/66_report.ipynb #cd17eaa4
+# %% ../nbs/66_report.ipynb #66ecc690
 def _verdict(r):
     "The section of lines."
     lines = verdicts(r.card, r.cfg.selection)
@@ -232,12 +244,13 @@ def _verdict(r):
     return section('Verdict', verdict_list(lines) if lines else '', *said,
                    text(copied), text(learnt))
 
+# %% ../nbs/66_report.ipynb #3f5c62fe
 def _sentence(c):
     "What the copying check says."
     words = str(c.get('sentence', '')).strip()
     return words and f'Copying check: {words}.'
 
-# %% ../nbs/66_report.ipynb #6f5b3c13
+# %% ../nbs/66_report.ipynb #41766e98
 def _findings(r):
     "The sentences on the classifier, in today's words for old runs too."
     t = _downstream(r)
@@ -247,17 +260,20 @@ def _findings(r):
     seen = patches.get('train', 0) / max(len(classes), 1)
     return findings(summarise(t), t, _model(facts, t), seen)
 
+# %% ../nbs/66_report.ipynb #4b26fe45
 def _downstream(r): return r.csv('downstream', 'value', 'seed', 'n_test')
 
+# %% ../nbs/66_report.ipynb #83c6ca84
 def _model(facts, t): return facts.get('config', {}).get('model') or t.model.iloc[0]
 
-# %% ../nbs/66_report.ipynb #1fc6c41e
+# %% ../nbs/66_report.ipynb #e817bead
 def _tile(im, row, side):
     "The first sample of a row of a grid (as `log.grid_image` lays it out)."
     grid = json.loads(im.info.get('grid', '{}'))
     left, side = grid.get('left', im.width - 8 * side), grid.get('size', side)
     return im.crop((left, row * side, left + side, (row + 1) * side))
 
+# %% ../nbs/66_report.ipynb #d6ff7085
 def _over_time(r, most=9, rows=8):
     "The section of the strip."
     found = sorted((r.folder / 'samples').glob('step_*.png'))
@@ -274,6 +290,7 @@ def _over_time(r, most=9, rows=8):
     last = figure(_shrunk(Image.open(chosen[-1])), said, photo=True)
     return section('One latent over the run', shown, _folded('The last grid', last))
 
+# %% ../nbs/66_report.ipynb #9af3d59e
 def _latent_rows(paths, side, most):
     "A row per class, a column per grid."
     grids = [Image.open(p) for p in paths]
@@ -282,6 +299,7 @@ def _latent_rows(paths, side, most):
     rows = [np.concatenate([tile(g, c) for g in grids], 1) for c in range(n)]
     return np.concatenate(rows)
 
+# %% ../nbs/66_report.ipynb #154ad739
 def _shrunk(im, width=1100):
     "A picture no wider than a page."
     im = im.convert('RGB')
@@ -289,11 +307,12 @@ def _shrunk(im, width=1100):
     size = width, round(im.height * width / im.width)
     return im.resize(size, Image.Resampling.LANCZOS)
 
-# %% ../nbs/66_report.ipynb #7da5eb3d
+# %% ../nbs/66_report.ipynb #7aa0ea4d
 def _folded(title, *parts):
     "Something to open."
     return f'<details><summary>{escape(title)}</summary>{"".join(parts)}</details>'
 
+# %% ../nbs/66_report.ipynb #ea64a7ba
 def _wants(what, how):
     "A gap, and how to fill it."
     said = text(f'{what}: not there. This makes it:', 'note')
@@ -314,7 +333,7 @@ def panels(
             ('Gradient norm before clipping', ('d_grad_norm', 'g_grad_norm'), clip),
             ('Learning rates', ('lr_g', 'lr_d'), {})]
 
-# %% ../nbs/66_report.ipynb #b60a3582
+# %% ../nbs/66_report.ipynb #703808b0
 GUARD_COLOURS = dict(gate='tab:green', saturation='tab:red', nonfinite='black',
                      selection='tab:orange')  # as in the run's own curves.png
 
@@ -344,7 +363,7 @@ def curve(
     fig.tight_layout()
     return fig, f'{title}: {", ".join(said) or "nothing recorded"}'
 
-# %% ../nbs/66_report.ipynb #3411f337
+# %% ../nbs/66_report.ipynb #1084ba7c
 def _draw_column(ax, log, name, colour):
     "Steps thin, running mean thick; what it did, in words, '' when it is empty."
     v, window = log.get(name, pd.Series(dtype=float)), max(len(log) // 50, 1)
@@ -377,6 +396,7 @@ def _curves(r):
     return section('Training', text(lead), f'<div class=grid>{"".join(found)}</div>',
                    _guard_events(r.events))
 
+# %% ../nbs/66_report.ipynb #5786a2c6
 def _guard_events(events):
     "How often each guard acted, and the last time."
     if not len(events): return text('No guard acted.')
@@ -397,9 +417,10 @@ def _overall(d):
     return d[blank] if blank.any() else d[d['class'] == 'all'].drop_duplicates(
         ['set', 'metric', 'extractor'])
 
+# %% ../nbs/66_report.ipynb #7cd3d1fe
 def _distances(r): return r.csv('distribution', 'value', 'std', 'n', 'n_ref')
 
-# %% ../nbs/66_report.ipynb #6197f32f
+# %% ../nbs/66_report.ipynb #ae74dba0
 def _distribution(r):
     "The section on distances between distributions."
     d = _distances(r)
@@ -441,6 +462,7 @@ def _copying(r):
         text('It looks for copies of whole patches (memorization) and proves nothing '
              'about privacy.'))
 
+# %% ../nbs/66_report.ipynb #14667dec
 def _pairs(picture):
     said = 'The closest pairs: synthetic patches and their nearest training patches.'
     return figure(Image.open(picture).convert('RGB'), said, photo=True)
@@ -463,6 +485,7 @@ def _classifier(r):
                    table(recall, 'Recall of each class.', index=False),
                    _folded('With few reals', _scores_table(s)))
 
+# %% ../nbs/66_report.ipynb #3958a9c0
 def _classifier_lead(facts, t):
     "How the classifiers were trained and tested."
     about, steps = facts.get('sources', {}), facts.get('config', {}).get('steps')
@@ -473,6 +496,7 @@ def _classifier_lead(facts, t):
             'generator was trained on all of the run. ECE and Brier say how far the '
             'probabilities are off, as trained and scaled by the temperature.')
 
+# %% ../nbs/66_report.ipynb #c4542c73
 def _recall(r, model):
     "Of the CNN with all reals: a row per class, a column per regime."
     t = r.csv('downstream_recall', 'recall', 'seed', 'n_test')
@@ -480,7 +504,7 @@ def _recall(r, model):
     t = t.pivot_table(index='label', columns='regime', values='recall', sort=False)
     return t.rename_axis('class').reset_index()
 
-# %% ../nbs/66_report.ipynb #e8719e8c
+# %% ../nbs/66_report.ipynb #53fb89be
 _HEADS = {'model': 'model', 'regime': 'regime', 'reals per class': 'reals',
           'accuracy': 'accuracy', 'balanced_accuracy': 'balanced',
           'macro_f1': 'macro F1', 'ece': 'ECE', 'ece_scaled': 'scaled',
@@ -492,6 +516,7 @@ _FIGURES = dict(
     confusion_synthetic='Trained on synthetic patches: in per cent of each true class.',
     confusion_both='Trained on both: in per cent of each true class.')
 
+# %% ../nbs/66_report.ipynb #cefd5664
 def _scores_table(s):
     "Mean ± deviation, unbreakable."
     t = wide(s)[list(_HEADS)].map(lambda v: v.replace(' ', '\u00a0'))
@@ -523,10 +548,12 @@ def _data(r):
                    table(c, f'Patches by class and split: {total}{groups}.',
                          index=False), _audit(r))
 
+# %% ../nbs/66_report.ipynb #12e0131d
 def _mpp(r):
     "µm per pixel of the training patches; None when nobody said."
     return r.card.get('mpp')
 
+# %% ../nbs/66_report.ipynb #ec6ac0e9
 def _scale_words(r): return f' at {_mpp(r):g} µm per pixel' if _mpp(r) else ''
 
 # %% ../nbs/66_report.ipynb #audit
@@ -553,6 +580,7 @@ def _audit(r):
         table(copies, 'Pairs of copies.') if len(copies) else '') + text(
         'All of it: audit.html in the prepared dataset.')
 
+# %% ../nbs/66_report.ipynb #638c4c33
 def _stain(found):
     "What normalisation did to the colours."
     v = found.get('colour_spread', {})
@@ -564,6 +592,7 @@ def _stain(found):
 FITTED = ('out', 'g.num_classes', 'g.img_res', 'g.channels', 'd.num_classes',
           'd.img_res', 'd.heads', 'd.duet_dim')
 
+# %% ../nbs/66_report.ipynb #8467dba7
 def flat(
     cfg,  # a configuration dataclass
     where: str = '',  # dotted path so far
@@ -575,7 +604,7 @@ def flat(
         out |= flat(v, name + '.') if is_dataclass(v) else {name: v}
     return out
 
-# %% ../nbs/66_report.ipynb #c4555e37
+# %% ../nbs/66_report.ipynb #bd1b2d5e
 def differences(
     cfg: Config,  # of a run
 ) -> pd.DataFrame:  # option, preset, run
@@ -594,6 +623,7 @@ def command(
     options = [_option(name, v) for name, _, v in rows]
     return ' '.join(['python -m histogan.train', f'--preset {cfg.preset}', *options])
 
+# %% ../nbs/66_report.ipynb #2595b474
 def _option(name, value):
     "One option of the command line, as typed."
     head, _, leaf = name.replace('_', '-').rpartition('.')
@@ -624,17 +654,20 @@ _HASHED = ('config.json', 'artifacts/manifest.csv', 'metrics_gan.csv',
            'artifacts/generator/generator.safetensors',
            'metrics/distribution.csv', 'metrics/copying.json', 'metrics/downstream.csv')
 
+# %% ../nbs/66_report.ipynb #f217dd3e
 def _hashes(r):
     "The files that the report stands on."
     there = [(n, r.folder / n) for n in _HASHED if (r.folder / n).exists()]
     rows = [(n, p.stat().st_size, file_digest(p)) for n, p in there]
     return pd.DataFrame(rows, columns=['file', 'bytes', 'sha256'])
 
+# %% ../nbs/66_report.ipynb #f9801d58
 def _versions():
     "Packages and machine."
     system = f'{platform.system()} {platform.machine()}'
     return versions('python') | dict(system=system) | versions(*_PACKAGES)
 
+# %% ../nbs/66_report.ipynb #ab28b771
 def _environment(r):
     "The section on versions and hashes."
     noted = {'this page': _versions()}
@@ -659,7 +692,7 @@ th, td { padding: .3em .4em } table { font-size: .85rem }
 details { margin: 1rem 0 } summary { cursor: pointer; color: var(--mark) }
 '''
 
-# %% ../nbs/66_report.ipynb #591ae3dc
+# %% ../nbs/66_report.ipynb #e4ada5c3
 def report_html(
     r: RunFiles,  # of the run
 ) -> str:  # the whole page
@@ -692,6 +725,7 @@ def _measured(r):
     there = dict(distribution=len(d), copying=c, **{'downstream accuracy': t})
     return out + [f'{name}: not measured.' for name, have in there.items() if not have]
 
+# %% ../nbs/66_report.ipynb #4e0ad210
 def _measured_on(card):
     "What a score was computed on."
     if card.get('metric') not in ('selection', 'gates'): return 'on patches set aside'
@@ -722,12 +756,13 @@ _PHANTOM = '''\
   here says anything about histology.
 '''
 
-# %% ../nbs/66_report.ipynb #37d7692d
+# %% ../nbs/66_report.ipynb #db23a346
 LICENCES = dict(
     pathoduet='Trained with PathoDuet features (CC-BY-NC 4.0): not for commercial use.',
     timm='Trained with features of `{}`: the licence of those weights applies too.',
     lite0='Trained with features of EfficientNet-Lite0 (ImageNet, Apache-2.0).')
 
+# %% ../nbs/66_report.ipynb #2302d3f2
 def licence(
     encoder: str,  # spec of the run's encoder, or of several joined
 ) -> str:  # Markdown
@@ -758,15 +793,16 @@ def model_card(
     body = [f'## {k}\n\n{v}' if k else v for k, v in parts.items()]
     return '\n\n'.join([f'# Model card: {r.folder.resolve().name}', *body]) + '\n'
 
-# %% ../nbs/66_report.ipynb #a50b6aa9
+# %% ../nbs/66_report.ipynb #aa172ccd
 def _card_lead(r):
     "What it is, in one sentence."
     steps = int(r.log.step.iloc[-1]) if len(r.log) else 0
     scale = f' ({_mpp(r):g} µm per pixel)' if _mpp(r) else ' (µm per pixel not known)'
     return (f'Class-conditional generator of {r.cfg.data.image_size} px'
-            f'{"" if r.cfg.is_phantom else scale} H&E patches, preset `{r.cfg.preset}`, '
-            f'{steps} steps. Made with histogan {versions("histogan")["histogan"]}.')
+            f'{"" if r.cfg.is_phantom else scale} H&E patches, preset '
+            f'`{r.cfg.preset}`, {steps} steps. Made with histogan {versions("histogan")["histogan"]}.')
 
+# %% ../nbs/66_report.ipynb #3afdd4ba
 def _weights(r):
     "The file and its hash."
     best = 'checkpoints/cgan_best_model.pt'
@@ -798,6 +834,7 @@ def main(
     "`python -m histogan.report`."
     return run_program(_main, argv)
 
+# %% ../nbs/66_report.ipynb #bc2a4e9e
 def _main(argv):
     path = report(tyro_parse(ReportArgs, argv, 'histogan.report').run)
     size = path.stat().st_size / 2**20

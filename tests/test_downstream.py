@@ -1,5 +1,5 @@
 "The downstream command in real processes: tables, keeping, interruption, other test sets, bad input."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 
 import numpy as np
 import pandas as pd
@@ -131,7 +131,8 @@ def test_bad_runs(patches, tmp_path, capsys):
     assert D.main([str(tmp_path/'nowhere')]) == 2
     folder = trained(tmp_path/'run', '--data.root', patches, '--data.test-frac', '0', '--data.val-frac', '0')
     assert D.main([str(folder), '--per-class', '6']) == 2
-    (folder/'checkpoints'/'cgan_best_model.pt').unlink()
+    folder = trained(tmp_path/'other', '--data.root', patches, '--data.test-frac', '0', '--data.val-frac', '0.3')
+    shutil.rmtree(folder/'checkpoints')
     assert D.main([str(folder), '--per-class', '6']) == 2
     lines = [l for l in capsys.readouterr().err.splitlines() if l.startswith('error: ')]
     assert len(lines) == 3 and '--data.val-frac' in lines[1] and 'cgan_best_model.pt' in lines[2], lines
