@@ -25,9 +25,8 @@ from .baseline import plot_confusion, plot_reliability, recalls, scores
 from .checkpoint import load_generator
 from .core import InputError, digest, file_digest, read_json, run_program
 from .core import versions, warn_line, write_file, write_json, write_table
-from .data import load_manifest, open_data
 from .eval import EvalArgs, deal, draw_synthetic, fresh_phantom, pick, split_of
-from .train import phantom_root
+from .train import open_patches
 
 # %% ../nbs/65_downstream.ipynb #sources
 @dataclass
@@ -53,6 +52,7 @@ class Sources:
 # %% ../nbs/65_downstream.ipynb #load-split
 LIMIT = 2 ** 31  # bytes of one split kept in memory: 10,922 patches of 256 px
 
+# %% ../nbs/65_downstream.ipynb #102697da
 def indexed(
     p,  # Patches of `eval`, with class names
     classes: list,  # names by index
@@ -60,6 +60,7 @@ def indexed(
     "The same with class indices."
     return Examples(p.x, pd.Categorical(p.y, classes).codes.astype(np.int64))
 
+# %% ../nbs/65_downstream.ipynb #c0ab3f44
 def load_split(
     data,  # what `open_data` gave
     name: str,  # train, val or test
@@ -77,6 +78,7 @@ def load_split(
 # %% ../nbs/65_downstream.ipynb #held-out
 FRESH = 200  # phantom patches of each class for a test; as in `eval`
 
+# %% ../nbs/65_downstream.ipynb #c38e70dd
 def held_out(
     run: Path,  # its folder
     cfg: Config,  # of the run
@@ -100,9 +102,10 @@ def held_out(
     about = dict(val=f'one {half}', test=f'one {half}, {other}')
     return *(Examples(val.x[side == k], val.y[side == k]) for k in (0, 1)), about
 
-# %% ../nbs/65_downstream.ipynb #8a904939
+# %% ../nbs/65_downstream.ipynb #5e0ab98e
 ENOUGH = 10  # test patches of a class below which a warning is printed; decided
 
+# %% ../nbs/65_downstream.ipynb #8bd0e7aa
 def check_counts(
     name,  # of the run, for messages
     counts: pd.DataFrame,  # classes × (train, val, test): patches
@@ -122,12 +125,13 @@ def check_counts(
         f'2 or more, {2 * ENOUGH * len(counts)} ({2 * ENOUGH} of each class) to say '
         'something: train with --data.test-frac, --data.val-frac or --data.test-root')
 
-# %% ../nbs/65_downstream.ipynb #0f2e1b8b
+# %% ../nbs/65_downstream.ipynb #be0b85fa
 def _some(names, most=5):
     "A few of them, and how many more."
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(map(str, names[:most])) + more
 
+# %% ../nbs/65_downstream.ipynb #f2b26e6b
 def warn_few(
     s: Sources,  # of the run
 ):
@@ -161,10 +165,7 @@ def open_sources(
 ) -> Sources:  # InputError names what is missing
     "Everything the regimes of a run are made of."
     run, cfg = Path(run), load_config(run)
-    if cfg.is_phantom: phantom_root(replace(cfg, out=str(run)))
-    table = run / 'artifacts' / 'manifest.csv'
-    manifest = load_manifest(table, cfg.data.folder, test_root=cfg.data.test_root)
-    data = open_data(cfg.data, manifest=manifest)
+    data = open_patches(replace(cfg, out=str(run)), run, resume=True)
     splits = {k: data.dataset(k).labels for k in ('train', 'val', 'test')}
     counts = {k: np.bincount(y, minlength=len(data.classes)) for k, y in splits.items()}
     check_counts(run, pd.DataFrame(counts, index=data.classes), cfg.is_phantom)
@@ -182,6 +183,7 @@ class Job(NamedTuple):
     reals: str  # reals per class, or all; 0 for synthetic
     seed: int  # of weights, batches and the choice of reals
 
+# %% ../nbs/65_downstream.ipynb #8f441e8d
 def jobs(
     cfg: DownstreamConfig,  # resolved
     per_class: int,  # reals of the largest class
@@ -196,6 +198,7 @@ def jobs(
 # %% ../nbs/65_downstream.ipynb #pools
 _VERSION = 2  # raised whenever the same job would leave other logits
 
+# %% ../nbs/65_downstream.ipynb #9537d106
 def pools_of(
     job: Job,  # regime, reals and seed are used
     s: Sources,  # of the run
@@ -205,6 +208,7 @@ def pools_of(
     real = s.train if every else few(s.train, int(job.reals), job.seed)
     return dict(real=[real], synthetic=[s.synth], both=[real, s.synth])[job.regime]
 
+# %% ../nbs/65_downstream.ipynb #95b41796
 def job_key(
     job: Job,  # to name
     s: Sources,  # of the run
@@ -239,7 +243,7 @@ def run_job(
         write_file(file, lambda f: np.savez_compressed(f, **out))
     return out
 
-# %% ../nbs/65_downstream.ipynb #ecc9afe2
+# %% ../nbs/65_downstream.ipynb #b0593f7f
 def _read_kept(file, shapes):
     "Logits that an earlier command left; None: not there, damaged or another's."
     try:
@@ -278,6 +282,7 @@ def rows_of(
 KEY = ['model', 'regime', 'reals', 'tested_on']  # what a mean over the seeds is for
 _NAMED = dict(real='real', synthetic='synthetic', both='real + synthetic')
 
+# %% ../nbs/65_downstream.ipynb #33fd7c21
 def summarise(
     table: pd.DataFrame,  # `downstream.csv`
 ) -> pd.DataFrame:  # KEY, metric, mean, std, seeds, n_test; in the table's order
@@ -286,6 +291,7 @@ def summarise(
     return g.agg(mean=('value', 'mean'), std=('value', 'std'),
                  seeds=('seed', 'nunique'), n_test=('n_test', 'first')).reset_index()
 
+# %% ../nbs/65_downstream.ipynb #0baaf329
 def wide(
     summary: pd.DataFrame,  # from `summarise`
     tested_on: str = 'real',  # or synthetic
@@ -321,12 +327,12 @@ def findings(
         f'{_gain(table, model)} points from reals alone.',
         *([_few_sentence(s, model, least, seen)] if least else []),
         f'Colour alone: a histogram trained on synthetic patches '
-        f'{at(C, "synthetic"):.1f} %, on reals {at(C, "real"):.1f} %; only what the CNN '
-        'has above that is evidence of structure.',
+        f'{at(C, "synthetic"):.1f} %, on reals {at(C, "real"):.1f} %; only what the '
+        'CNN has above that is evidence of structure.',
         f'Of the synthetic patches, the network trained on reals gives '
         f'{at(model, "real", "synthetic"):.1f} % the class that was asked for.']
 
-# %% ../nbs/65_downstream.ipynb #1d76f16c
+# %% ../nbs/65_downstream.ipynb #307b8a45
 def _gain(table, model):
     "The change by synthetic patches, in points, with its deviation over the seeds."
     t = table[(table.model == model) & (table.metric == 'accuracy')]
@@ -335,6 +341,7 @@ def _gain(table, model):
     gain = 100 * (acc.both - acc.real)
     return f'{gain.mean():+.1f}' + (f' ± {gain.std():.1f}' if len(gain) > 1 else '')
 
+# %% ../nbs/65_downstream.ipynb #63f3ab4b
 def _few_sentence(s, model, least, seen):
     "What few reals give, and what the generator had that made the others."
     alone, added = (s[model, r, str(least), 'real'] for r in ('real', 'both'))
@@ -368,6 +375,7 @@ def plot_few(
     fig.tight_layout()
     return fig
 
+# %% ../nbs/65_downstream.ipynb #19309782
 def _few_lines(ax, s, model, style):
     "The three regimes of one model."
     for regime, colour in (('real', 'C0'), ('both', 'C1')):
@@ -428,6 +436,7 @@ def _announcement(s, n, cfg, left):
             f'patches ({s.about["test"]}); {n} trainings of {cfg.steps} steps, '
             f'{left} of {cfg.model} to be done')
 
+# %% ../nbs/65_downstream.ipynb #c61bd76e
 def _case_line(done, s):
     "The newest kind of training in one line."
     j = done[-1][0]
@@ -499,6 +508,7 @@ def main(
     said = 'interrupted; finished trainings are kept, and the same command goes on'
     return run_program(_main, argv, said)
 
+# %% ../nbs/65_downstream.ipynb #cd6682af
 def _main(argv):
     a = tyro_parse(DownstreamArgs, argv, 'histogan.downstream')
     table = downstream(a.run, a.config)

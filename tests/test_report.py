@@ -42,7 +42,7 @@ def test_the_page_shows_what_the_files_hold(page):
     asked = html.partition('<h2>Configuration</h2>')[2].partition('</table>')[0]
     assert 'run.steps' not in asked and 'data.test_frac' in asked
     first = html.partition('<h2>Verdict</h2>')[0]  # nine classes, reals and samples of each
-    assert first.count('<img') == 18 and first.count('8 real patches') == first.count('8 synthetic patches') == 9
+    assert first.count('<img') == 18 and len(re.findall(r'alt="\d real patches of', first)) == first.count('8 synthetic patches') == 9
     assert 'of a generator that was trained on all' in html
     real = table[(table.model == 'small') & (table.regime == 'real') & (table.reals == 'all') & (table.tested_on == 'real') & (table.metric == 'accuracy')].value
     assert f'{real.mean():.3f}\u00a0±\u00a0{real.std():.3f}' in html
