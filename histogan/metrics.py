@@ -270,19 +270,23 @@ def pairs_within(
 # %% ../nbs/61_metrics.ipynb #3d8003c0
 @patch
 def pair_distances(self: FIDLPIPSEvaluator,
-    ex,  # an Extractor, or the function of `lpips_distance`
+    lpips: Callable,  # from `lpips_distance`
     x: np.ndarray,  # (N, R, R, 3) uint8
     pairs: np.ndarray,  # (P, 2) positions
 ) -> np.ndarray:  # (P,)
-    "How far apart the two of each pair are."
-    if isinstance(ex, Extractor):
-        f = features(self.cache, ex, x)
-        return np.linalg.norm(f[pairs[:, 0]] - f[pairs[:, 1]], axis=1)
+    "How far apart the two of each pair are, by LPIPS."
     ids = [content_id(x[i]) + content_id(x[j]) for i, j in pairs]
-    compute = lambda k: ex(*(to_batch(x[pairs[k, side]]) for side in (0, 1))).cpu().numpy()
+    compute = lambda k: lpips(*(to_batch(x[pairs[k, side]]) for side in (0, 1))).cpu().numpy()
     return self.cache.get('lpips-alex', ids, compute)[:, 0]
 
 # %% ../nbs/61_metrics.ipynb #31ce5d68
+@patch
+def _apart(self: FIDLPIPSEvaluator, ex, x):
+    "A function of pairs: their distances, with features computed once."
+    if not isinstance(ex, Extractor): return lambda p: self.pair_distances(ex, x, p)
+    f = features(self.cache, ex, x)
+    return lambda p: np.linalg.norm(f[p[:, 0]] - f[p[:, 1]], axis=1)
+
 @patch
 def diversity(self: FIDLPIPSEvaluator,
     ex,  # an Extractor, or the function of `lpips_distance`
@@ -291,7 +295,8 @@ def diversity(self: FIDLPIPSEvaluator,
 ) -> list[dict]:  # keys of ROW, less set
     "Mean distance of two patches of a class."
     pairs = {c: pairs_within(a.y, c, self.pairs, self.seed) for c in classes}
-    found = {c: self.pair_distances(ex, a.x, p) for c, p in pairs.items() if len(p)}
+    apart = self._apart(ex, a.x)
+    found = {c: apart(p) for c, p in pairs.items() if len(p)}
     facts = dict(reference='two patches of a class', resize=f'{a.x.shape[1]} px')
     if isinstance(ex, Extractor): metric, facts = 'diversity', facts | _who(ex)
     else: metric, facts = 'LPIPS', facts | dict(extractor='alexnet', resize=f'{max(a.x.shape[1], 64)} px')

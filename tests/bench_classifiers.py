@@ -1,6 +1,6 @@
-"""How well can any judge name the patches of the other half? `python tests/bench_classifiers.py train.csv judge.csv [--size 64]`.
+"""How well can any classifier name the patches of the other half? `python tests/bench_classifiers.py train.csv judge.csv [--size 64]`.
 
-The two manifests are those of `halves.py`. Judges learn from judge.csv and name the training patches of train.csv: the small
+The two manifests are those of `halves.py`. Classifiers learn from judge.csv and name the training patches of train.csv: the small
 network of a run at three lengths and, where `lite0` is installed, a linear classifier on its features at three sizes of the
 picture, three strengths of stain jitter and two penalties. The best of them bounds the accuracy that samples of a run on
 train.csv can be asked for.

@@ -1,9 +1,9 @@
-"""Two halves of a set of real patches, for a training and for its judge: `python tests/halves.py MANIFEST.csv --out FOLDER`.
+"""Two halves of a set of real patches, for a training and for its held-out classifier: `python tests/halves.py MANIFEST.csv --out FOLDER`.
 
-Reads a manifest with path, label, split, group and source_path (as that of `histo5_128`) and deals its training rows into two
-halves that share no group. A class that has only one group is dealt by source image instead, and said so; so are all classes
+Reads a manifest with path, label, split, group and source_path (as that of `histo5_128`) and splits its training rows into two
+halves that share no group. A class that has only one group is split by source image instead, and said so; so are all classes
 with --by source. Writes `train.csv` (one half as train and val, and the manifest's own test rows; for `histogan.train
---data.manifest`) and `judge.csv` (the other half; for `bench_accuracy.py --judge`). Paths that do not exist as they are written
+--data.manifest`) and `judge.csv` (the other half; for `bench_accuracy.py --classifier`). Paths that do not exist as they are written
 are looked for beside the manifest and one folder above it.
 """
 import argparse
@@ -17,14 +17,14 @@ def located(path, manifest):
     places = [Path(path), manifest.parent/path, manifest.parent.parent/path]
     return str(next((p.resolve() for p in places if p.is_file()), path))
 
-def dealt(families):
-    "Bool per patch: every family goes whole to the half that is behind; largest first."
+def halved(groups):
+    "Bool per patch: every group goes whole to the half that is behind; largest first."
     first, count = set(), [0, 0]
-    for family, n in families.value_counts(sort=True).sort_index().sort_values(ascending=False, kind='stable').items():
+    for group, n in groups.value_counts(sort=True).sort_index().sort_values(ascending=False, kind='stable').items():
         side = int(count[0] > count[1])
         count[side] += n
-        if side == 0: first.add(family)
-    return families.isin(first)
+        if side == 0: first.add(group)
+    return groups.isin(first)
 
 def held_back(images, share, seed=0):
     "Bool per patch: about a share of them, by whole source images."
@@ -42,7 +42,7 @@ def main():
     test, df = df[df.split == 'test'], df[df.split == 'train'].copy()
     for label, rows in df.groupby('label'):
         by = 'group' if a.by == 'group' and rows.group.nunique() > 1 else 'source_path'
-        first = dealt(rows[by])
+        first = halved(rows[by])
         df.loc[rows.index, 'first'] = first
         val = held_back(rows.source_path[first], .15)
         df.loc[val.index[val], 'split'] = 'val'
