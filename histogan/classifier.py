@@ -51,7 +51,11 @@ def split_by_group(
 # %% ../nbs/41_classifier.ipynb #a45db632
 def _patch_by_patch(part, c, names, shares, seed, fewest):
     "Split those classes singly of which a part got less than half of its share."
-    alone, edges, torn = np.random.default_rng(seed).permutation(len(c)), np.cumsum(shares)[:-1], []
+    alone, edges, torn = (
+        np.random.default_rng(seed).permutation(len(c)),
+        np.cumsum(shares)[:-1],
+        [],
+    )
     for k, name in enumerate(names):
         want = shares * (c == k).sum()
         got = np.bincount(part[c == k], minlength=len(shares))
@@ -134,7 +138,12 @@ def spatial(self: HeldOutClassifier,
 @patch(as_prop=True)
 def accuracy(self: HeldOutClassifier) -> float:
     "Share of its reals that it classifies rightly; [0, 1]."
-    return torch.cat([self(x)[0].argmax(1) == y for x, y in self.reals]).float().mean().item()
+    return (
+        torch.cat([self(x)[0].argmax(1) == y for x, y in self.reals])
+        .float()
+        .mean()
+        .item()
+    )
 
 @patch(as_prop=True)
 def key(self: HeldOutClassifier) -> str:
@@ -178,8 +187,11 @@ def fit_held_out(
 ) -> HeldOutClassifier:
     "Train on these patches, or on half of them where no others are given as reals."
     labels = np.asarray(labels)
-    if reals is None: images, labels, reals = _halved(images, labels, num_classes, groups, cfg.seed)
-    encoder = _weights((images, labels), num_classes, cache_dir, cfg, device, progress, file)
+    if reals is None:
+        images, labels, reals = _halved(images, labels, num_classes, groups, cfg.seed)
+    encoder = _weights(
+        (images, labels), num_classes, cache_dir, cfg, device, progress, file
+    )
     reals = tuple(as_reals(*r) for r in reals)
     return HeldOutClassifier(encoder.to(device), reals, len(labels))
 
@@ -196,10 +208,18 @@ def _halved(images, labels, num_classes, groups, seed):
     "One half to learn from, and two sets of reals out of the other."
     n = np.bincount(labels, minlength=num_classes)
     if n.min() < 2 * FEWEST:
-        raise InputError(f'a held-out classifier needs {2 * FEWEST} patches of every class, and class {n.argmin()} has {n.min()}')
+        raise InputError(
+            f'a held-out classifier needs {2 * FEWEST} patches of every class, and '
+            f'class {n.argmin()} has {n.min()}'
+        )
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     part, torn = split_by_group(labels, groups, seed=seed, fewest=FEWEST)
-    if torn: warn_line(f'held-out classifier: too few groups in {len(torn)} of {num_classes} classes (numbers {", ".join(map(str, torn))}); their patches are split singly, and the accuracy there flatters')
+    if torn:
+        warn_line(
+            f'held-out classifier: too few groups in {len(torn)} of {num_classes} '
+            f'classes (numbers {", ".join(map(str, torn))}); their patches are split '
+            f'singly, and the accuracy there flatters'
+        )
     sets = references(labels, groups, part == 1, num_classes, seed=seed)
     return images[part == 0], labels[part == 0], [(images[i], labels[i]) for i in sets]
 
@@ -230,11 +250,26 @@ def held_out_for(
     held, shown, K = data.dataset('val'), data.dataset('train'), len(data.classes)
     if lack := _lack(held.labels, shown.labels, data.classes): return warn_line(lack)
     each = limit // (3 * held.image_size ** 2 * K)
-    keep = np.concatenate([evenly(np.flatnonzero(held.labels == c), each) for c in range(K)])
+    keep = np.concatenate(
+        [evenly(np.flatnonzero(held.labels == c), each) for c in range(K)]
+    )
     groups = groups_of(data.manifest.loc[shown.ids])
-    sets = references(shown.labels, groups, np.ones(len(shown), bool), K, most, cfg.seed)
+    sets = references(
+        shown.labels, groups, np.ones(len(shown), bool), K, most, cfg.seed
+    )
     reals = [(shown.pixels(i), shown.labels[i]) for i in sets]
-    return fit_held_out(held.pixels(keep), held.labels[keep], K, None, cache_dir, cfg, device, progress, reals, file)
+    return fit_held_out(
+        held.pixels(keep),
+        held.labels[keep],
+        K,
+        None,
+        cache_dir,
+        cfg,
+        device,
+        progress,
+        reals,
+        file,
+    )
 
 # %% ../nbs/41_classifier.ipynb #6c3f37bb
 def _lack(held, shown, classes) -> str:
@@ -242,6 +277,8 @@ def _lack(held, shown, classes) -> str:
     why = 'no held-out classifier, so no quality thresholds: '
     n, few = (np.bincount(y, minlength=len(classes)) for y in (held, shown))
     lack = [f'{name} {2 * FEWEST - k}' for name, k in zip(classes, n) if k < 2 * FEWEST]
-    if lack: return f'{why}{2 * FEWEST} patches of each class must be set aside for it (missing: {", ".join(lack)}); give more patches or raise --data.val-frac'
-    if few.min() < FEWEST: return f'{why}a class has {few.min()} training patches to compare with, {FEWEST} are needed'
+    if lack:
+        return f'{why}{2 * FEWEST} patches of each class must be set aside for it (missing: {", ".join(lack)}); give more patches or raise --data.val-frac'
+    if few.min() < FEWEST:
+        return f'{why}a class has {few.min()} training patches to compare with, {FEWEST} are needed'
     return ''

@@ -19,8 +19,8 @@ from .classifier import pooled_maps
 from .core import digest, write_file, write_json, write_table
 from .data import to_float
 from .encoder import Encoder
-from .features import (Extractor, FeatureCache, Patches, content_id, features, to_batch,
-                               weights_key)
+from .features import (Extractor, FeatureCache, Patches, content_id, features,
+                               to_batch, weights_key)
 from .selection import poses, squared_distances
 
 # %% ../nbs/62_copying.ipynb #cb21473b
@@ -43,7 +43,14 @@ def layout_extractor(
     encode = lambda x: pooled_maps(encoder.encode(to_float(x), False).maps)
     key = weights_key(encoder, 'grid 4')  # with the standardisation
     device = str(next(encoder.parameters()).device)
-    return Extractor(f'{name}-layout', encode, sum(encoder.map_channels) * 16, 'maps to 4 × 4', key, device=device)
+    return Extractor(
+        f'{name}-layout',
+        encode,
+        sum(encoder.map_channels) * 16,
+        'maps to 4 × 4',
+        key,
+        device=device,
+    )
 
 # %% ../nbs/62_copying.ipynb #8155c337
 BLOCK = 2048  # training patches at a time
@@ -62,7 +69,11 @@ def nearest(
         rows = torch.arange(at, at + len(block), device=d.device).expand_as(d)
         best = _merged(best, (d, rows, pose), k)
         at += len(block)
-    return best[0].sqrt().cpu().numpy(), best[1].cpu().numpy(), best[2][:, 0].cpu().numpy()
+    return (
+        best[0].sqrt().cpu().numpy(),
+        best[1].cpu().numpy(),
+        best[2][:, 0].cpu().numpy(),
+    )
 
 def _merged(best, new, k):
     "The k nearest of what was kept and what is new."
@@ -77,7 +88,8 @@ def relative(
     dist: np.ndarray,  # (N, k) from `nearest`, ascending
 ) -> np.ndarray:  # (N,) in [0, 1]; 1 = no nearer than the next ones
     "Distance of the nearest over the mean of the next."
-    if dist.shape[1] < 2: raise ValueError('a relative distance takes at least two training patches')
+    if dist.shape[1] < 2:
+        raise ValueError('a relative distance takes at least two training patches')
     return dist[:, 0] / np.maximum(dist[:, 1:NEXT + 1].mean(1), 1e-12)
 
 # %% ../nbs/62_copying.ipynb #e1e98a98
@@ -114,7 +126,10 @@ def tails(
     held: np.ndarray,  # (m,) of held-out reals
 ) -> dict[str, Below]:  # twentieth, lowest
     "Both questions of one space."
-    return dict(twentieth=below(fake, held, max(round(TAIL * len(held)), 1)), lowest=below(fake, held, 1))
+    return dict(
+        twentieth=below(fake, held, max(round(TAIL * len(held)), 1)),
+        lowest=below(fake, held, 1),
+    )
 
 # %% ../nbs/62_copying.ipynb #ebd86d22
 class Near(NamedTuple):
@@ -144,7 +159,9 @@ _IN_MEMORY = 2 ** 29  # bytes of features that are kept in memory
 def _blocks(cache, ex, ids):
     "A function that gives the features of the training patches, block by block."
     space = f'{ex.name}-{ex.key}'
-    read = lambda: (cache.rows(space, ids[k:k + BLOCK]) for k in range(0, len(ids), BLOCK))
+    read = lambda: (
+        cache.rows(space, ids[k : k + BLOCK]) for k in range(0, len(ids), BLOCK)
+    )
     if len(ids) * ex.dim * 4 > _IN_MEMORY: return read
     kept = list(read())
     return lambda: kept
@@ -158,8 +175,13 @@ def place(
     ids: list[str],  # from `encode_training`
 ) -> Near:
     "Encode eight poses, compare."
-    space, blocks = f'{ex.name}-{ex.key}-near{NEXT}-{digest("".join(ids))[:16]}', _blocks(cache, ex, ids)
-    encode = lambda t: torch.cat([ex.encode(p.contiguous()).float() for p in t.split(64)])
+    space, blocks = (
+        f'{ex.name}-{ex.key}-near{NEXT}-{digest("".join(ids))[:16]}',
+        _blocks(cache, ex, ids),
+    )
+    encode = lambda t: torch.cat(
+        [ex.encode(p.contiguous()).float() for p in t.split(64)]
+    )
     def find(k):
         queries = [encode(p) for p in poses(to_batch(x[k], ex.device))]
         dist, rows, pose = nearest(queries, blocks(), 1 + NEXT, ex.device)
@@ -167,7 +189,9 @@ def place(
     found = cache.get(space, [content_id(p) for p in x], find, batch=256)
     n = found.shape[1] // 2
     rows = found[:, n:-1].astype(int)
-    return Near(found[:, 0], relative(found[:, :n]), rows[:, 0], found[:, -1].astype(int))
+    return Near(
+        found[:, 0], relative(found[:, :n]), rows[:, 0], found[:, -1].astype(int)
+    )
 
 # %% ../nbs/62_copying.ipynb #61928803
 def copying_check(
@@ -179,9 +203,15 @@ def copying_check(
 ) -> tuple[dict, dict]:  # copying.json; space -> (Near of fakes, of held)
     "Are fakes closer to training patches than held-out reals are?"
     ids, places = encode_training(cache, extractors, train), {}
-    for ex in extractors: places[ex.name] = tuple(place(cache, ex, p.x, ids) for p in (fake, held))
-    spaces = {ex.name: dict(looks_at=ex.resize, **_compared(*places[ex.name], fake.y)) for ex in extractors}
-    counts = dict(n=len(fake.y), n_train=len(train.y), n_held=len(held.y), held=held.name)
+    for ex in extractors:
+        places[ex.name] = tuple(place(cache, ex, p.x, ids) for p in (fake, held))
+    spaces = {
+        ex.name: dict(looks_at=ex.resize, **_compared(*places[ex.name], fake.y))
+        for ex in extractors
+    }
+    counts = dict(
+        n=len(fake.y), n_train=len(train.y), n_held=len(held.y), held=held.name
+    )
     return verdict(spaces) | counts | dict(spaces=spaces), places
 
 # %% ../nbs/62_copying.ipynb #317ca29f
@@ -190,22 +220,41 @@ def _compared(f, h, y):
     found, median = tails(f.rho, h.rho), lambda v: float(np.median(v))
     low = f.rho < found['twentieth'].threshold
     return {k: t._asdict() for k, t in found.items()} | dict(
-        median_distance=median(f.dist), median_distance_held=median(h.dist),
-        median_relative=median(f.rho), median_relative_held=median(h.rho),
-        classes={str(c): dict(n=int((y == c).sum()), share=float(low[y == c].mean())) for c in dict.fromkeys(y)})
+        median_distance=median(f.dist),
+        median_distance_held=median(h.dist),
+        median_relative=median(f.rho),
+        median_relative_held=median(h.rho),
+        classes={
+            str(c): dict(n=int((y == c).sum()), share=float(low[y == c].mean()))
+            for c in dict.fromkeys(y)
+        },
+    )
 
 # %% ../nbs/62_copying.ipynb #8af6308a
 def verdict(
     spaces: dict,  # name -> what `copying_check` found
 ) -> dict:  # verdict 'yes' or 'no', sentence
     "The answer in words, with by how much."
-    flags = {k: s['twentieth']['flagged'] or s['lowest']['flagged'] for k, s in spaces.items()}
+    flags = {
+        k: s['twentieth']['flagged'] or s['lowest']['flagged']
+        for k, s in spaces.items()
+    }
     worst = max(spaces, key=lambda k: (flags[k], spaces[k]['twentieth']['share']))
-    t, l, answer = spaces[worst]['twentieth'], spaces[worst]['lowest'], 'yes' if any(flags.values()) else 'no'
-    return dict(verdict=answer, sentence=(
-        f'closer to training patches than held-out reals are: {answer}; by {worst}, {t["share"]:.1%} lie '
-        f'nearer than {t["expected"]:.1%} of the reals do (p = {t["p"]:.1g}), {l["count"]} nearer than any '
-        f'real (p = {l["p"]:.1g})'))
+    t, l, answer = (
+        spaces[worst]['twentieth'],
+        spaces[worst]['lowest'],
+        'yes' if any(flags.values()) else 'no',
+    )
+    return dict(
+        verdict=answer,
+        sentence=(
+            f'closer to training patches than held-out reals are: {answer}; by '
+            f'{worst}, {t["share"]:.1%} lie '
+            f'nearer than {t["expected"]:.1%} of the reals do (p = {t["p"]:.1g}), '
+            f'{l["count"]} nearer than any '
+            f'real (p = {l["p"]:.1g})'
+        ),
+    )
 
 # %% ../nbs/62_copying.ipynb #63f09555
 def pairs_table(
@@ -216,8 +265,17 @@ def pairs_table(
 ) -> pd.DataFrame:  # copying_pairs.csv, closest first in each space
     "Every fake and its nearest training patch."
     source = np.array(train_paths, object)
-    one = lambda s, f: pd.DataFrame(dict(space=s, path=paths, label=labels, relative=f.rho.round(4),
-                                         distance=f.dist.round(4), train_path=source[f.row], turn=f.turn))
+    one = lambda s, f: pd.DataFrame(
+        dict(
+            space=s,
+            path=paths,
+            label=labels,
+            relative=f.rho.round(4),
+            distance=f.dist.round(4),
+            train_path=source[f.row],
+            turn=f.turn,
+        )
+    )
     parts = [one(s, f).sort_values('relative') for s, (f, _) in places.items()]
     return pd.concat(parts, ignore_index=True)
 
@@ -244,10 +302,14 @@ def draw_pairs(
     fig = Figure(figsize=(1.05 * k + 1, 4.9 * len(places)), dpi=80)
     grids = fig.subfigures(len(places), 1, squeeze=False)[:, 0]
     for part, (space, both) in zip(grids, places.items()):
-        part.suptitle(f'closest pairs, {space}: relative distance above each', fontsize=10)
+        part.suptitle(
+            f'closest pairs, {space}: relative distance above each', fontsize=10
+        )
         axes = part.subplots(4, k, gridspec_kw=dict(hspace=0.35, top=0.86, bottom=0.02))
         for ax in axes.flat: ax.axis('off')
-        for row, (near, p, who) in enumerate(zip(both, (fake, held), ('synthetic', 'held-out real'))):
+        for row, (near, p, who) in enumerate(
+            zip(both, (fake, held), ('synthetic', 'held-out real'))
+        ):
             _draw_row(axes[2 * row:2 * row + 2], near, p, train, who)
     return fig
 
@@ -260,7 +322,9 @@ def _draw_row(axes, near, p, train, who):
         axes[0, col].set_title(f'{near.rho[i]:.2f}', fontsize=8)
         axes[1, col].imshow(train.x[near.row[i]])
     for ax, text in zip(axes[:, 0], (who, 'training')):
-        ax.text(-0.1, 0.5, text, transform=ax.transAxes, ha='right', va='center', fontsize=8)
+        ax.text(
+            -0.1, 0.5, text, transform=ax.transAxes, ha='right', va='center', fontsize=8
+        )
 
 # %% ../nbs/62_copying.ipynb #7b9c4bfa
 def save_copying(

@@ -129,6 +129,7 @@ def open_reals(
     given = folder_patches(real, size, data.classes, f'folder {Path(real).name}') if real else None
     reference = _reference(given, test, fresh, val)
     teach, halves = parts_for(train, units, fresh and fresh[0], seed)
+    if not given and len(reference.y) < LEAST <= len(halves[1].y): halves, reference = _few_aside(halves)
     return Reals(train, data.dataset('train').paths, halves, teach, reference,
                  held_out([val, test, reference]))
 
@@ -140,6 +141,11 @@ def _reference(given, test, fresh, val) -> Patches:
     if len(val.y): return val._replace(name='val (it chose the best model)')
     raise InputError('the run set no patches aside to compare with; '
                      'give --real FOLDER with a folder per class')
+
+def _few_aside(halves):
+    "Half of the training reals stands in for a reference."
+    b = halves[1]._replace(name='half of the training reals (too few patches were set aside)')
+    return (halves[0], b), b
 
 # %% ../nbs/63_eval.ipynb #e5397684
 def parts_for(
@@ -195,7 +201,7 @@ def own_extractor(
     "The extractor of this evaluation, and its encoder for the copying check."
     if classifier is not None: return encoder_extractor(classifier.encoder, 'cnn', _note(reals.teach)), classifier.encoder
     sample = np.asarray(reals.train.take(at_most(reals.train.y, 256)).x)
-    encoder = random_encoder(0).calibrate(sample).to(device)
+    encoder = random_encoder(TEACHING.seed).calibrate(sample).to(device)
     return encoder_extractor(encoder, 'random', 'untrained: too few patches to teach a classifier'), encoder
 
 def _note(teach):
@@ -320,30 +326,40 @@ def distribution(
     reals: Reals,  # from `open_reals`
     max_real: int = 1000,  # of each class in each set; 0 = all
 ) -> pd.DataFrame:  # columns ROW
-    "The fakes, and the two comparisons of reals they are read against."
+    "The fakes, and the comparisons of reals that they are read against."
     classes, (a, b) = list(dict.fromkeys(fake.y)), reals.halves
-    both = _joined(a, b, 'training reals')
-    cut = lambda p, most: (q := p.take(at_most(p.y, most)))._replace(x=np.asarray(q.x))
-    ref = cut(reals.reference, max_real or len(reals.reference.y))
-    n, half = counts(fake, both), counts(a, b)
-    if not any(n.values()): n = counts(fake)  # no training reals: the fakes alone
-    half = {c: min(v, max_real or v) for c, v in half.items()}
-    a, b = cut(a, half), cut(b, half)
-    rows = ev.rows('synthetic', cut(fake, n), ref, classes, (a, b)) + ev.rows('real', cut(both, n), ref, classes, (a, b))
+    if reals.reference is b: return _against_a_half(ev, fake, a, b, classes)
+    both, half = _joined(a, b, 'training reals'), counts(a, b)
+    ref = _cut(reals.reference, max_real or len(reals.reference.y))
+    n = counts(fake, both)
+    a, b = (_cut(p, {c: min(v, max_real or v) for c, v in half.items()}) for p in (a, b))
+    rows = [r for name, p in (('synthetic', fake), ('real', both)) for r in ev.rows(name, _cut(p, n), ref, classes, (a, b))]
     other = b._replace(name='the other half of the training reals')
-    rows += ev.rows('real half', a, other, classes, (a, b))
-    return _worth_showing(pd.DataFrame(rows, columns=ROW))
+    return _worth_showing(rows + ev.rows('real half', a, other, classes, (a, b)))
+
+# %% ../nbs/63_eval.ipynb #03acda8d
+def _cut(p, most):
+    "So many of each class, in memory."
+    q = p.take(at_most(p.y, most))
+    return q._replace(x=np.asarray(q.x))
+
+def _against_a_half(ev, fake, a, b, classes):
+    "Fakes and one half of the reals, as many of each class, against the other half."
+    n = counts(fake, a)
+    fake, a, b = _cut(fake, n), _cut(a, n), _cut(b, len(b.y))
+    rows = [r for name, p in (('synthetic', fake), ('real half', a)) for r in ev.rows(name, p, b, classes, (a, b))]
+    return _worth_showing(rows)
 
 def _joined(a, b, name):
     "Two sets as one."
     return Patches(np.concatenate([np.asarray(a.x), np.asarray(b.x)]), np.concatenate([a.y, b.y]), name)
 
-def _worth_showing(df):
-    "The table, if there is a figure in it; otherwise one line that says what is needed."
-    found = df[(df.set == 'synthetic') & (df.scope == 'all classes')]
-    if found.value.notna().any(): return df
-    raise InputError(f'too few patches to compare: {found.n.max()} synthetic and {found.n_ref.max()} real ones, '
-                     f'{LEAST} of each are needed')
+def _worth_showing(rows):
+    "The table, if there is a distance in it; otherwise one line that says what is needed."
+    df = pd.DataFrame(rows, columns=ROW)
+    d = df[df.metric.str.startswith('FD-') | (df.metric == 'FID')]
+    if d.value.notna().any(): return df
+    raise InputError(f'too few patches to compare: {d.n.max()} and {d.n_ref.max()}, {LEAST} in each set are needed')
 
 # %% ../nbs/63_eval.ipynb #f6154d2b
 def record(

