@@ -22,15 +22,35 @@ from tqdm.auto import tqdm
 from .core import InputError, digest, hasher, write_file
 from .data import HistoDataset
 from .frozen import Encoded, Encoder, encoders_in, evenly, join, read_tensors
-from .pretrained import (build, lite0_path, load_folder, load_lite0, load_pathoduet,
-                                 load_timm, unwrap)
-from .small_cnn import (CNNConfig, SmallCNN, cnn_augment, cnn_config, load_cnn, own_cnn,
-                                random_encoder, save_encoder, small_encoder, train_cnn,
-                                training_patches)
+from histogan.pretrained import (
+    build,
+    lite0_path,
+    load_folder,
+    load_lite0,
+    load_pathoduet,
+    load_timm,
+    unwrap,
+)
+from histogan.small_cnn import (
+    CNNConfig,
+    SmallCNN,
+    cnn_augment,
+    cnn_config,
+    load_cnn,
+    own_cnn,
+    random_encoder,
+    save_encoder,
+    small_encoder,
+    train_cnn,
+    training_patches,
+)
 
 # %% ../nbs/24_encoder.ipynb #c3cca89f
-KINDS = ('none, cnn[:PATH], pathoduet:PATH, timm:FOLDER, timm:NAME:PATH, lite0[:PATH], random:SEED; '
-         'with @PX, @maps=K, @norm=NAME; several joined by +')
+KINDS = (
+    'none, cnn[:PATH], pathoduet:PATH, timm:FOLDER, timm:NAME:PATH, lite0[:PATH], '
+    'random:SEED; '
+    'with @PX, @maps=K, @norm=NAME; several joined by +'
+)
 
 class Spec(NamedTuple):
     "One part of an encoder's spec."
@@ -55,13 +75,17 @@ def read_spec(
     "Options are taken off the end; what is left is kind and rest."
     found, left = {}, text
     while m := _OPTION.search(left):
-        found, left = {k: v for k, v in m.groupdict().items() if v} | found, left[:m.start()]
+        found, left = {k: v for k, v in m.groupdict().items() if v} | found, left[
+            : m.start()
+        ]
     kind, _, rest = left.partition(':')
     size, maps = (int(found[k]) if k in found else None for k in ('size', 'maps'))
     if maps == 0 or (size is not None and size < 8):
         raise InputError(f'--encoder {text}: @maps must be ≥ 1 and @PX ≥ 8')
     if found and kind not in ('timm', 'lite0', 'pathoduet'):
-        raise InputError(f'--encoder {text}: only timm, lite0 and pathoduet take options after @')
+        raise InputError(
+            f'--encoder {text}: only timm, lite0 and pathoduet take options after @'
+        )
     return Spec(kind, rest, size, maps or 3, found.get('norm', ''))
 
 # %% ../nbs/24_encoder.ipynb #679db765
@@ -70,8 +94,10 @@ def _timm(s, size):
     rest = s.rest.removeprefix('local-dir:')
     name, _, path = rest.partition(':')
     for where in (rest, path):
-        if where and Path(where).is_dir(): return load_folder(where, s.size, s.maps, s.norm)
-    if '/' in name and not path: raise InputError(f'--encoder timm:{rest}: no such folder')
+        if where and Path(where).is_dir():
+            return load_folder(where, s.size, s.maps, s.norm)
+    if '/' in name and not path:
+        raise InputError(f'--encoder timm:{rest}: no such folder')
     return load_timm(name, path, s.size, s.maps, s.norm, as_is=size)
 
 def _open(spec, num_classes, data, cache_dir, size, cnn, device, progress):
@@ -81,8 +107,13 @@ def _open(spec, num_classes, data, cache_dir, size, cnn, device, progress):
     if s.kind == 'cnn' and s.rest: return load_cnn(s.rest, num_classes)
     if s.kind == 'cnn':
         if data is None or num_classes is None:
-            raise InputError('--encoder cnn: trains on the data, and there are none here; give cnn:PATH')
-        return own_cnn(data, num_classes, cache_dir, cnn or cnn_config(size), device, progress)
+            raise InputError(
+                '--encoder cnn: trains on the data, and there are none here; give '
+                'cnn:PATH'
+            )
+        return own_cnn(
+            data, num_classes, cache_dir, cnn or cnn_config(size), device, progress
+        )
     if s.kind == 'pathoduet' and s.rest: return load_pathoduet(s.rest, maps=s.maps)
     if s.kind == 'timm' and s.rest: return _timm(s, size)
     if s.kind == 'lite0': return load_lite0(s.rest, s.size or size, s.maps)
@@ -106,7 +137,9 @@ def load_encoder(
 ) -> Encoder | None: # frozen, on `device`; None for none
     "The encoder that a word on the command line asks for."
     specs = parts_of(spec)
-    def opened(s): return _open(s, num_classes, data, cache_dir, size, cnn, device, progress)
+    def opened(s):
+        return _open(s, num_classes, data, cache_dir, size, cnn, device, progress)
+
     if kept and Path(kept).is_file(): return read_kept(kept, specs, opened).to(device)
     parts = [opened(s) for s in specs]
     if None in parts:
@@ -147,7 +180,15 @@ def from_card(
     if made.pop('kind') == 'small': net = SmallCNN(**made, norm=False)
     else: net = build(**made)
     pair = {k: card[k] and tuple(card[k]) for k in ('value_range', 'mean', 'std')}
-    return Encoder(net, name, card['dim'], card['map_channels'], card['size'], **pair, licence=licence)
+    return Encoder(
+        net,
+        name,
+        card['dim'],
+        card['map_channels'],
+        card['size'],
+        **pair,
+        licence=licence
+    )
 
 # %% ../nbs/24_encoder.ipynb #7b309f6e
 def part_hash(
@@ -178,7 +219,10 @@ def check_encoder(
     for k, (spec, was) in enumerate((hashes or {}).items()):
         if k < len(now) and now[k] == was: continue
         there = f'the one here has {now[k][:12]}' if k < len(now) else 'there is none'
-        raise InputError(f'{where}: was trained with the encoder {spec} of hash {was[:12]}, and {there}; put the old one back')
+        raise InputError(
+            f'{where}: was trained with the encoder {spec} of hash {was[:12]}, and '
+            f'{there}; put the old one back'
+        )
 
 # %% ../nbs/24_encoder.ipynb #ffd1e235
 def write_kept(
@@ -209,11 +253,20 @@ def read_kept(
     state, cards = read_tensors(path), _cards(path)
     held = [c['spec'] for c in cards]
     if [_identity(s) for s in held] != [_identity(s) for s in specs]:
-        raise InputError(f'{path}: keeps {"+".join(held)}, not {"+".join(specs)}; a run keeps its encoder')
+        raise InputError(
+            f'{path}: keeps {"+".join(held)}, not {"+".join(specs)}; a run keeps its '
+            f'encoder'
+        )
     parts = []
     for i, (c, spec) in enumerate(zip(cards, specs)):
-        e = from_card(c['card'], c['name'], c['licence']) if c['whole'] else opened(spec)
-        mine = {k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{i}.')}
+        e = (
+            from_card(c['card'], c['name'], c['licence'])
+            if c['whole']
+            else opened(spec)
+        )
+        mine = {
+            k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{i}.')
+        }
         e.load_state_dict(mine, strict=c['whole'])
         e.spec = spec
         parts.append(e)
@@ -229,20 +282,25 @@ def _identity(spec):
 def _cards(path):
     "What `write_kept` wrote beside the tensors."
     try:
-        with safe_open(path, 'pt') as f: return json.loads((f.metadata() or {})['histogan'])
+        with safe_open(path, 'pt') as f:
+            return json.loads((f.metadata() or {})['histogan'])
     except (SafetensorError, KeyError, ValueError):
         raise InputError(f'{path}: not the encoder of a run') from None
 
 # %% ../nbs/24_encoder.ipynb #0281da1b
 def why_no_encoder() -> str: # lines to print once
     "What a run without an encoder lacks, and how to get one."
-    return ('No encoder: alpha stays 0 and the perceptual loss is off, because both read '
-            'features of a frozen network.\n'
-            '  PathoDuet: get checkpoint_HE.pth (about 343 MB, CC-BY-NC 4.0: not for commercial use) '
-            'from the model link of\n  https://github.com/openmedlab/PathoDuet, put it anywhere, and '
-            'add --encoder pathoduet:PATH/checkpoint_HE.pth\n'
-            '  Without a download: --encoder cnn trains a small one on your own patches first '
-            '(about half a minute at 64 px).')
+    return (
+        'No encoder: alpha stays 0 and the perceptual loss is off, because both read '
+        'features of a frozen network.\n'
+        '  PathoDuet: get checkpoint_HE.pth (about 343 MB, CC-BY-NC 4.0: not for '
+        'commercial use) '
+        'from the model link of\n  https://github.com/openmedlab/PathoDuet, put it anywhere, and '
+        'add --encoder pathoduet:PATH/checkpoint_HE.pth\n'
+        '  Without a download: --encoder cnn trains a small one on your own patches '
+        'first '
+        '(about half a minute at 64 px).'
+    )
 
 # %% ../nbs/24_encoder.ipynb #a23b8b9f
 def features_key(
@@ -283,18 +341,27 @@ def _embedded(encoder, data, batch, progress):
     "(ids, embeddings) of the training patches, batch by batch."
     part, device = data.dataset('train'), next(encoder.parameters()).device
     starts = range(0, len(part), batch)
-    for i in tqdm(starts, 'embeddings of the reals', unit='batch', disable=None if progress else True):
+    for i in tqdm(
+        starts,
+        'embeddings of the reals',
+        unit='batch',
+        disable=None if progress else True,
+    ):
         x, _, ids = part[np.arange(i, min(i + batch, len(part)))]
         with torch.no_grad(): v = encoder(x.to(device).float() / 127.5 - 1)
         yield ids.numpy(), v.float().cpu().numpy()
 
 def _write_features(f, shape, batches):
     "A .npy file filled row by row; rows that never come are NaN."
-    header = np.lib.format.header_data_from_array_1_0(np.empty((0, shape[1]), np.float32))
+    header = np.lib.format.header_data_from_array_1_0(
+        np.empty((0, shape[1]), np.float32)
+    )
     np.lib.format.write_array_header_1_0(f, header | dict(shape=shape))
     start, width = f.tell(), 4 * shape[1]
     for i in range(0, shape[0], 4096):
-        f.write(np.full((min(4096, shape[0] - i), shape[1]), np.nan, np.float32).tobytes())
+        f.write(
+            np.full((min(4096, shape[0] - i), shape[1]), np.nan, np.float32).tobytes()
+        )
     for ids, rows in batches:
         for k, row in zip(ids, rows):
             f.seek(start + int(k) * width)

