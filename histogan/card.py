@@ -25,7 +25,7 @@ from .step import COLUMNS
 
 # %% ../nbs/66_card.ipynb #7546ac80
 def verdicts(
-    card: dict,  # of the best model; `quality` holds its figures
+    card: dict,  # of the best model; quality holds its figures
     s,  # SelectionConfig: the thresholds
 ) -> list[tuple]:  # (passed, what, figure and threshold in words)
     "Each quality threshold in one line; none where nothing was measured."
@@ -263,8 +263,8 @@ def _measured(r):
                    f'{card["value"]:.4g} {_measured_on(card)}.')
     for ok, what, words in verdicts(card, r.cfg.selection):
         out.append(f'{what}: {words} ({"passed" if ok else "missed"}).')
-    overall = overall(d) if len(d) else d
-    for x in overall[overall.set == 'synthetic'].itertuples() if len(d) else ():
+    rows = overall(d) if len(d) else d
+    for x in rows[rows.set == 'synthetic'].itertuples() if len(d) else ():
         against = f'{x.n:.0f} patches, {x.reference}'
         if x.n_ref > 0: against = f'{x.n:.0f} against {x.n_ref:.0f} of {x.reference}'
         note = f' ({x.note})' if x.note else ''

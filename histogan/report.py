@@ -114,7 +114,7 @@ def _best(r):
 
 # %% ../nbs/67_report.ipynb #8f9cc3ae
 def verdict_list(
-    lines: list,  # from `verdicts`
+    lines: list,  # as verdicts gives them
 ) -> str:  # HTML
     "One line each, with a mark that is also a word."
     def item(ok, what, words):
