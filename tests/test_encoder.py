@@ -397,6 +397,20 @@ def test_several_encoders_train_and_are_gone_on_with(patches):
     again = run_cli(['histogan.train', '--resume', run, '--run.steps', '6', '--allow-change', 'run.steps'], cwd=patches.parent)
     assert again.rc == 0 and 'done: 6 steps' in again.out + again.err, again.err
 
+def test_every_head_and_every_part_of_the_generator_train_and_are_gone_on_with(patches):
+    done = train(patches, '--out', 'run-all', '--d.pair', '--d.places', '--d.cross-scale', '--g.map-lr-mul', '0.1', '--g.noise', 'channel', '--g.padding', 'reflect',
+                 '--g.use-style-mixing', '--encoder', 'random:0+random:1')
+    assert done.rc == 0, done.err
+    run = patches.parent/'run-all'
+    d = load_config(run).d
+    assert d.pair_maps == (2, 5) and d.counts == (3, 3) and d.sides == (8, 4, 2) * 2
+    again = run_cli(['histogan.train', '--resume', run, '--run.steps', '6', '--allow-change', 'run.steps'], cwd=patches.parent)
+    assert again.rc == 0 and 'done: 6 steps' in again.out + again.err, again.err
+
+def test_pair_heads_need_pairs(patches):
+    done = train(patches, '--out', 'run-no-pairs', '--d.pair', '--data.no-pairs')
+    assert done.rc == 2 and 'd.pair needs data.pairs' in done.err and 'Traceback' not in done.err
+
 def test_lite0_in_one_line_where_its_weights_are_not(patches):
     done = train(patches, '--out', 'run-lite', '--encoder', 'cnn+lite0:nowhere.pth')
     lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
