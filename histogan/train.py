@@ -137,14 +137,13 @@ def open_patches(
     resume: bool,  # the split stands in the run's manifest
 ):  # OpenData
     "The patches of a run, split as they were when it began."
-    patches = data_of(cfg)
+    table = folder / 'artifacts' / 'manifest.csv'
+    patches = data_of(cfg, table if resume else None)
     raw = cfg.preset == 'poc' and not cfg.is_phantom and not is_prepared(patches.root)
     if raw and not resume and not rank():
         warn_line(NOT_PREPARED.format(cfg.data.root or 'FOLDER'))
     manifest = None
-    if resume:
-        table = folder / 'artifacts' / 'manifest.csv'
-        manifest = load_manifest(table, patches.root, test_root=patches.test_root)
+    if resume: manifest = load_manifest(table, patches.root, test_root=patches.test_root)
     return in_turn(open_data, patches, manifest, progress=rank() == 0, rank=rank(),
                    world=world(), cache_dir=folder.parent / 'cache' / 'patches')
 
@@ -249,11 +248,22 @@ def phantom_root(
 
 def data_of(
     cfg: Config,  # of a run
+    table=None,  # manifest of a run that is resumed
 ):  # DataConfig; the phantom is drawn when not there yet
     "Where a run's patches are."
     if not cfg.is_phantom: return cfg.data
     groups = cfg.data.group_regex or r'-(s\d+)-'
-    return replace(cfg.data, root=in_turn(phantom_root, cfg), group_regex=groups)
+    root = _drawn_before(cfg, table) or in_turn(phantom_root, cfg)
+    return replace(cfg.data, root=root, group_regex=groups)
+
+def _drawn_before(cfg, table):
+    "The drawings of an earlier version, when a run began on them and they are there."
+    if table is None: return ''
+    p = cfg.phantom
+    name = f'phantom-{cfg.data.image_size}px-{p.per_class}-seed{p.seed}'
+    folder = Path(cfg.out).parent / 'cache' / name
+    began_on = f'/{name}/' in table.read_text(encoding='utf-8')
+    return str(folder) if began_on and folder.is_dir() else ''
 
 # %% ../nbs/54_train.ipynb #980e96c2
 def total_steps(
