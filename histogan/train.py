@@ -149,10 +149,8 @@ def open_patches(
 
 NOT_PREPARED = (
     'the patches are used as they are: the original recipe normalises their stain '
-    '(Vahadane) '
-    'and leaves out those of poor quality; to do both, python -m histogan.prepare {0} '
-    '--out prepared, then train with --data.root prepared'
-)
+    '(Vahadane) and leaves out those of poor quality; to do both, python -m '
+    'histogan.prepare {0} --out prepared, then train with --data.root prepared')
 
 # %% ../nbs/54_train.ipynb #675d2f97
 def open_encoder(
@@ -237,14 +235,13 @@ def phantom_root(
 ) -> str:  # folder of patches, drawn when not there yet
     "The embedded data set, beside the run."
     p, size = cfg.phantom, cfg.data.image_size
-    root = (
-        Path(cfg.out).parent
-        / 'cache'
-        / f'phantom-{size}px-{p.per_class}-seed{p.seed}-v{PHANTOM_VERSION}'
-    )
-    return str(
-        make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1)
-    )
+    root = f'{_drawings(cfg)}-v{PHANTOM_VERSION}'
+    return str(make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1))
+
+def _drawings(cfg):
+    "Where the phantom of a configuration lies, its version left out."
+    name = f'phantom-{cfg.data.image_size}px-{cfg.phantom.per_class}'
+    return Path(cfg.out).parent / 'cache' / f'{name}-seed{cfg.phantom.seed}'
 
 def data_of(
     cfg: Config,  # of a run
@@ -258,12 +255,9 @@ def data_of(
 
 def _drawn_before(cfg, table):
     "The drawings of an earlier version, when a run began on them and they are there."
-    if table is None: return ''
-    p = cfg.phantom
-    name = f'phantom-{cfg.data.image_size}px-{p.per_class}-seed{p.seed}'
-    folder = Path(cfg.out).parent / 'cache' / name
-    began_on = f'/{name}/' in table.read_text(encoding='utf-8')
-    return str(folder) if began_on and folder.is_dir() else ''
+    folder = _drawings(cfg)
+    if table is None or not folder.is_dir(): return ''
+    return str(folder) if f'/{folder.name}/' in table.read_text(encoding='utf-8') else ''
 
 # %% ../nbs/54_train.ipynb #980e96c2
 def total_steps(
@@ -489,11 +483,8 @@ def stop_by_guard(
     if log: log.flush()
     found = checkpoints(folder)
     good = found[-1] if found else 'none was saved yet'
-    raise Stopped(
-        3,
-        f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}; '
-        f'last good checkpoint: {good}',
-    )
+    bad = f'{s.nonfinite.run} non-finite steps in a row up to step {s.step}'
+    raise Stopped(3, f'{bad}; last good checkpoint: {good}')
 
 # %% ../nbs/54_train.ipynb #cffcec7a
 def finish(
