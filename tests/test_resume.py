@@ -39,7 +39,7 @@ def assert_same_run(a, b, step=48):
     pictures = lambda run: {p.name: p.read_bytes() for p in (run/'samples').iterdir()}
     assert pictures(a) == pictures(b)
     for name in (f'cgan_step{step:06d}.pt', 'cgan_best_model.pt'): assert same(content(a/'checkpoints'/name), content(b/'checkpoints'/name)), name
-    assert not list((a/'checkpoints').glob('.*.tmp'))
+    assert not list(a.rglob('.*.tmp'))
 
 def slow_disk(seconds=0.1):
     "Every flush to the disk takes a while: a save can be met half-way."
