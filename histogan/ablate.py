@@ -475,6 +475,8 @@ class AblateArgs:
         for name in ('steps', 'seeds'):
             v = getattr(self, name)
             if v < 1: raise InputError(f'--{name}: {v} must be at least 1')
+        if self.size < 16 or self.size & (self.size - 1):
+            raise InputError(f'--size: {self.size} must be a power of two, 16 or more')
         for name in filter(None, self.rows.split(',')):
             if name not in ROWS: raise InputError(
                 f'--rows: {name!r} is unknown{suggestion(name, ROWS)}; '
