@@ -23,8 +23,9 @@ from .baseline import COLOUR, DownstreamConfig, Examples, cnn_eval, colour_eval
 from .baseline import confusion, few, fit_temperature, make_classifier
 from .baseline import plot_confusion, plot_reliability, recalls, scores
 from .checkpoint import load_generator
-from .core import InputError, digest, file_digest, read_json, run_program
-from .core import versions, warn_line, write_file, write_json, write_table
+from .core import InputError, digest, file_digest, moved, read_json
+from .core import run_program, versions, warn_line, write_file, write_json
+from .core import write_table
 from .eval import EvalArgs, deal, draw_synthetic, fresh_phantom, pick, split_of
 from .train import open_patches
 
@@ -515,6 +516,9 @@ def _main(argv):
     facts = read_json(Path(a.run, 'metrics', 'downstream.json'))
     print(wide(summarise(table)).to_string(index=False), *facts['findings'], sep='\n')
     print(f'tables and figures: {a.run}/metrics/downstream*')
+
+# %% ../nbs/65_downstream.ipynb #f8ac5c1a
+__getattr__ = moved('downstream')
 
 # %% ../nbs/65_downstream.ipynb #guard
 #| eval: false

@@ -22,8 +22,8 @@ from .card import distances, downstream_table, findings_of, flat, model_card
 from .card import model_of, overall, read_run, scale_words, source_words
 from .card import verdicts
 from .checkpoint import load_generator
-from .core import InputError, file_digest, read_json, run_program, versions
-from .core import write_file
+from .core import InputError, file_digest, moved, read_json, run_program
+from .core import versions, write_file
 from .data import CLASSES, SPLITS, load_manifest, read_rgb, resize, to_uint8
 from .downstream import summarise, wide
 from .generate import draw, patch_seed
@@ -532,6 +532,9 @@ def _main(argv):
     path = report(tyro_parse(ReportArgs, argv, 'histogan.report').run)
     size = path.stat().st_size / 2**20
     print(f'{path} ({size:.1f} MB) and {path.parent / "MODEL_CARD.md"}')
+
+# %% ../nbs/67_report.ipynb #f38608a1
+__getattr__ = moved('report')
 
 # %% ../nbs/67_report.ipynb #guard
 #| eval: false
