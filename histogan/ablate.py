@@ -58,7 +58,7 @@ def override(
 D_WIDTH = 24  # d_base_ch of every pixel D here; the recipe's 96 over 4; decided
 
 def recipe(
-    base: Config,  # `modern`, whose data, length and widths are taken
+    base: Config,  # modern, whose data, length and widths are taken
 ) -> Config:
     "`poc`, narrowed to what a CPU trains."
     poc = PRESETS['poc']
@@ -107,7 +107,7 @@ PATH = dict(
 class Neighbour(NamedTuple):
     "One change of `modern`."
     what: str  # for the table
-    changes: dict  # as `override` takes them
+    changes: dict  # as override takes them
     decides: bool = False  # repeated over all seeds
 
 def times(
@@ -149,7 +149,7 @@ NEIGHBOURS = {
 ROWS = PATH | NEIGHBOURS
 
 def configurations(
-    base: Config,  # `modern`
+    base: Config,  # modern
 ) -> dict[str, Config]:  # row -> its configuration, in the table's order
     "Every row of the table."
     cfg, out = recipe(base), {}
@@ -198,7 +198,7 @@ class _Watch:
         return (self.times[-1] - self.times[0]) * n / (n - 1) if n > 1 else 0.
 
 def train_row(
-    cfg: Config,  # `out` is the folder of this run; it must not exist
+    cfg: Config,  # out is the folder of this run; it must not exist
 ) -> tuple:  # TrainState, seconds, whether a guard stopped it
     "Train to the end; only the steps are timed."
     run = dict(best_metric='none', save_every=10**9, sample_every=10**9)
@@ -283,7 +283,7 @@ def _read_result(path):
 # %% ../nbs/56_ablate.ipynb #72755055
 def present(
     out: Path,  # of the ablation
-    want: dict,  # row -> function of the seed giving `settings`
+    want: dict,  # row -> function of the seed giving settings
 ) -> dict:  # (row, seed) -> result
     "The results that are there; InputError when one is of something else."
     found = {}
@@ -347,7 +347,7 @@ FIGURES = dict(accuracy='accuracy', worst='worst class',
                layout='layout, worst class', fd='FD / reals')
 
 def figures(
-    result: dict,  # as `run_row`
+    result: dict,  # as run_row
 ) -> dict:  # name -> number
     "The numbers of one run, nan where its samples are not finite."
     q, mean, raw = result['quality'], lambda v: sum(v) / len(v), result['accuracy_G']
@@ -359,7 +359,7 @@ def figures(
                       steps=result['steps'], seconds=result['seconds'])
 
 def table(
-    results: list[dict],  # as `run_row`, any order
+    results: list[dict],  # as run_row, any order
 ) -> pd.DataFrame:  # a row per row: what, seeds, NAME and NAME_std
     "Means and deviations over seeds; one seed without figures leaves a row without."
     order = ['reals', *ROWS]
@@ -378,7 +378,7 @@ def _table_row(name, runs):
 
 # %% ../nbs/56_ablate.ipynb #6eb76524
 def shown(
-    df: pd.DataFrame,  # from `table`, or read from ablation.csv
+    df: pd.DataFrame,  # from table, or read from ablation.csv
 ) -> pd.DataFrame:  # text
     "The table for people: mean ± deviation."
     stopped = [f' ({k:.0f} stopped)' if k > 0 else '' for k in df.stopped]
@@ -397,7 +397,7 @@ def _cell(m, s, digits=2):
 
 # %% ../nbs/56_ablate.ipynb #0d88fda9
 def draw_table(
-    df: pd.DataFrame,  # as `shown`
+    df: pd.DataFrame,  # as shown
 ):  # matplotlib figure
     "One panel per figure, rows from top to bottom; quality thresholds dotted."
     import matplotlib.pyplot as plt
@@ -485,10 +485,10 @@ class AblateArgs:
 # %% ../nbs/56_ablate.ipynb #a7c7f450
 class Plan(NamedTuple):
     "What an ablation computes."
-    base: Config  # `modern` at its size
+    base: Config  # modern at its size
     runs: list  # (row, seed), in order
     n: int  # samples of each class
-    held_out: dict  # per_class and steps of `held_out`
+    held_out: dict  # per_class and steps of held_out
 
 def plan(
     a: AblateArgs,  # as parsed
@@ -570,7 +570,7 @@ def _announce(classifier, p, todo, done):
 def save_reals(
     out: Path,  # of the ablation
     classifier: HeldOutClassifier,  # of all rows
-) -> dict:  # as `run_row`
+) -> dict:  # as run_row
     "The row of tissue itself: what a perfect generator would get."
     reals = classifier.reals
     q = asdict(quality(classifier, reals[1], reals))

@@ -111,7 +111,7 @@ def leaks(
     out: str | Path,  # a prepared dataset
     df: pd.DataFrame,  # kept rows of its manifest
     base: str,  # folder that its paths start from
-) -> dict:  # name -> what `leak` found
+) -> dict:  # name -> what leak found
     "Colour and compression alone, on sources and on stored patches."
     few = _sample(df)
     def _scanned(p):

@@ -39,13 +39,18 @@ def equilibrium_logit(
 class AdaConfig:
     "Adaptive augmentation: the controller's constants and the size of the moves."
     enabled: bool = True  # False keeps p at 0; acc_ema is still followed
-    ada_target: float = 0.6  # ADA_TARGET: acc_ema at which p rests; [0, 1]; original recipe
+    # ADA_TARGET: acc_ema at which p rests; [0, 1]; original recipe
+    ada_target: float = 0.6
     ada_decay: float = 0.99  # ADA_DECAY: memory of acc_ema; [0, 1); original recipe
-    ada_speed: float = 0.20  # ADA_SPEED: p moves 0.001 × error × speed a step; original recipe
+    # ADA_SPEED: p moves 0.001 × error × speed a step; original recipe
+    ada_speed: float = 0.20
     ada_max_p: float = 0.12  # ADA_MAX_P: largest p; [0, 1]; original recipe
-    ada_freeze_until: int = 500  # ADA_FREEZE_UNTIL: p = 0 before this step; original recipe
-    ada_p_cap_if_acc_hi: float = 0.08  # ADA_P_CAP_IF_ACC_HI: largest p then; original recipe
-    ada_acc_hi: float = 0.9  # acc_ema above which that cap holds; [0, 1]; original recipe
+    # ADA_FREEZE_UNTIL: p = 0 before this step; original recipe
+    ada_freeze_until: int = 500
+    # ADA_P_CAP_IF_ACC_HI: largest p then; original recipe
+    ada_p_cap_if_acc_hi: float = 0.08
+    # acc_ema above which that cap holds; [0, 1]; original recipe
+    ada_acc_hi: float = 0.9
     # logit that counts as 'real'; original recipe 0
     acc_threshold: float | Literal['equilibrium'] = 0.0
     max_rotation: float = 10.0  # largest angle; degrees in [0, 180]; decided
@@ -173,9 +178,9 @@ class _WarpAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,  # autograd's notebook
-        g,  # gradient at `_Warp`'s output; (N, C, H, W)
+        g,  # gradient at _Warp's output; (N, C, H, W)
         grid,  # the same grid
-    ):  # gradient at `_Warp`'s images
+    ):  # gradient at _Warp's images
         # below: 0 = bilinear, 2 = reflection, and no gradient of the grid
         ctx.save_for_backward(grid)
         return torch.ops.aten.grid_sampler_2d_backward(
@@ -186,7 +191,7 @@ class _WarpAdjoint(torch.autograd.Function):
     def backward(
         ctx,  # autograd's notebook
         gg,  # gradient at this output; (N, C, H, W)
-    ):  # gradient at `g`; none for the grid
+    ):  # gradient at g; none for the grid
         return _Warp.apply(gg, *ctx.saved_tensors), None
 
 # %% ../nbs/31_augment.ipynb #1004b230
@@ -262,7 +267,7 @@ def draw_d4(
 def d4(
     x,  # square images; (N, C, R, R) of any dtype
     generator=None,  # torch.Generator of the draws; None = torch's own stream
-    moves=None,  # from `draw_d4`; None = drawn here
+    moves=None,  # from draw_d4; None = drawn here
 ):  # same shape and dtype; every pixel value kept
     "One of the eight flips and quarter turns per image, uniformly."
     if x.shape[-1] != x.shape[-2]:

@@ -166,7 +166,7 @@ def fit(
     batches,  # iterator of (x, y) on the network's device
     cfg: DownstreamConfig,  # steps and lr are used
     tick=None,  # called after every step
-) -> nn.Module:  # `net`, in evaluation mode
+) -> nn.Module:  # net, in evaluation mode
     "AdamW, one cycle of the learning rate, cross-entropy."
     opt = torch.optim.AdamW(net.train().parameters(), cfg.lr, weight_decay=0.01)
     lr = torch.optim.lr_scheduler.OneCycleLR(
@@ -285,7 +285,7 @@ def confusion(
 
 # %% ../nbs/64_baseline.ipynb #804ab8c3
 def recalls(
-    counts: np.ndarray,  # (C, C) from `confusion`
+    counts: np.ndarray,  # (C, C) from confusion
 ) -> np.ndarray:  # (C,) in [0, 1]; NaN for a class without test patches
     "Share of each class that is classified rightly."
     n = counts.sum(1)

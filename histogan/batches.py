@@ -115,7 +115,7 @@ def state_dict(self: BalancedSampler) -> dict:
 # %% ../nbs/03_batches.ipynb #b161cb79
 @patch
 def load_state_dict(self: BalancedSampler,
-    state: dict,  # from `state_dict`
+    state: dict,  # from state_dict
 ):
     "Go on from there, perhaps with another number of processes."
     used = state['position']
@@ -138,7 +138,7 @@ class HistoDataset:
         df: pd.DataFrame,  # rows of a manifest; their index is the id
         classes: list[str],  # the index of a label in it is its y
         image_size: int,  # side of x; px
-        # (N, R, R, 3) uint8 by id: an array or `MappedImages`; None: files
+        # (N, R, R, 3) uint8 by id: an array or MappedImages; None: files
         images=None,
     ):
         lost = sorted(set(df.label) - set(classes))

@@ -42,7 +42,7 @@ def linear(
     d_in,       # inputs; ≥ 1
     d_out,      # outputs; ≥ 1
     gain=1.0,   # output RMS for an input of RMS 1; > 0
-):              # `nn.Linear`, weights N(0, gain² / d_in), bias 0
+):              # nn.Linear, weights N(0, gain² / d_in), bias 0
     "A linear layer whose scale at the start is known."
     layer = nn.Linear(d_in, d_out)
     nn.init.normal_(layer.weight, std=gain / sqrt(d_in))
@@ -152,7 +152,7 @@ def upsample2(
 def draw_noise(
     n,                  # images; ≥ 1
     sizes,              # resolution of each block; px
-    generator=None,     # its device draws; None: the global one of `device`
+    generator=None,     # its device draws; None: the global one of device
     device=None,        # where the maps go; None: CPU
 ):                      # list over blocks of (n, 1, r, r), standard normal
     "Noise maps for `n` images, drawn image by image."
@@ -164,7 +164,7 @@ def draw_noise(
 
 # %% ../nbs/10_blocks.ipynb #fc8df309
 def noise_maps(
-    noise,      # None, a `torch.Generator`, a list of maps or 'zero'
+    noise,      # None, a torch.Generator, a list of maps or 'zero'
     n,          # images; ≥ 1
     sizes,      # resolution of each block; px
     device,     # where the maps go
@@ -220,7 +220,7 @@ def draw_crossover(
     n,                  # images; ≥ 1
     n_blocks,           # blocks of the generator; ≥ 1
     prob=0.9,           # probability that an image is mixed; [0, 1]; poc
-    generator=None,     # its device draws; None: the global one of `device`
+    generator=None,     # its device draws; None: the global one of device
     device=None,        # where the result lives; None: CPU
 ):                      # (n,) int64 in 1 … n_blocks; n_blocks: not mixed
     "The first block that sees the second style, for each image."
@@ -254,7 +254,7 @@ class ClampInward(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx,        # as `forward` left it
+        ctx,        # as forward left it
         grad,       # gradient of the loss by the clamped image
     ):              # gradient by x; none for limit
         x, = ctx.saved_tensors

@@ -45,9 +45,9 @@ def _pieces(value):
 
 # %% ../nbs/51_checkpoint.ipynb #6b6a6fb2
 def save_checkpoint(
-    path,  # file to write, `.pt`
+    path,  # file to write, .pt
     state: dict,  # tensors, numbers, strings and containers of them
-) -> Path:  # `path`
+) -> Path:  # path
     "Save a state whole, with its checksum, readable with `weights_only=True`."
     return write_file(
         path, lambda f: torch.save({**state, 'checksum': checksum(state)}, f)
@@ -55,7 +55,7 @@ def save_checkpoint(
 
 # %% ../nbs/51_checkpoint.ipynb #b01366c0
 def load_checkpoint(
-    path,  # file written by `save_checkpoint`
+    path,  # file written by save_checkpoint
     map_location='cpu',  # device of the tensors
 ) -> dict:  # the state; InputError names the file and what to do
     "Load a checkpoint; never unpickles."
@@ -196,13 +196,13 @@ def export_generator(
 def load_generator(
     path,  # exported folder, run folder, or a checkpoint
     map_location='cpu',  # device
-) -> Generator:  # eval mode, no gradients, with `.classes` and `.card`
+) -> Generator:  # eval mode, no gradients, with .classes and .card
     "Rebuild a generator from an export, a run or a checkpoint."
     return build_pretrained(*read_generator(Path(path)), path).to(map_location)
 
 # %% ../nbs/51_checkpoint.ipynb #8891e336
 def read_generator(
-    path: Path,  # as for `load_generator`
+    path: Path,  # as for load_generator
 ) -> tuple[dict, dict]:  # card, weights
     "Find and read the two parts of a generator."
     best = path / 'checkpoints' / 'cgan_best_model.pt'

@@ -39,7 +39,7 @@ class Job(NamedTuple):
     image_size: int  # of the dataset; px
     method: str  # of stain normalisation, or none
     stain: StainConfig  # its constants
-    target: dict | None  # whose colours; from `state_dict`; None: keep
+    target: dict | None  # whose colours; from state_dict; None: keep
 
 # %% ../nbs/07_chunks.ipynb #149e07b1
 def square(

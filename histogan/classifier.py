@@ -243,7 +243,7 @@ def held_out_for(
     # reals of a class in each set; ≥ 2; decided: cost of a checkpoint
     most: int = 50,
     limit: int = 2 ** 28,  # bytes of patches that it learns from, at most
-    cfg: CNNConfig = CNNConfig(steps=400, seed=99),  # as `fit_held_out`
+    cfg: CNNConfig = CNNConfig(steps=400, seed=99),  # as fit_held_out
     file: str | Path | None = None,  # of the run; written when not there
 ) -> HeldOutClassifier | None:  # None, with a warning, when patches are too few
     "The held-out classifier that a training run can afford."

@@ -213,9 +213,9 @@ PRESETS = {'demo': _demo(), 'modern': modern(), 'poc': Config(preset='poc'),
 # %% ../nbs/50_config.ipynb #1c302799
 def from_dict(
     cls: type,  # a configuration dataclass
-    data: dict,  # what `dataclasses.asdict` gave, possibly through JSON
+    data: dict,  # what dataclasses.asdict gave, possibly through JSON
     where: str = '',  # dotted path so far, for the message
-) -> object:  # an instance of `cls`; InputError names an unknown key
+) -> object:  # an instance of cls; InputError names an unknown key
     "Rebuild a configuration; every key must be known."
     known = {f.name: f.type for f in fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -279,7 +279,7 @@ OLD_VALUES = {('run.best_metric', 'gates'): 'selection'}  # (key, old value) -> 
 
 def renewed(
     data,  # a configuration as it was written
-):  # the same under today's names; `data` itself is not changed
+):  # the same under today's names; data itself is not changed
     "Old keys and values of a configuration under their new names."
     if not isinstance(data, dict): return data
     data = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
@@ -466,7 +466,7 @@ def fixed(
 
 # %% ../nbs/50_config.ipynb #b286998b
 def resume_args(
-    argv: list[str],  # arguments, split at `=`
+    argv: list[str],  # arguments, split at =
     folder: str,  # of the run to go on with
 ) -> TrainArgs:  # InputError names a field that differs
     "The configuration of the run, and nothing else unless allowed."
@@ -517,7 +517,7 @@ def tyro_parse(
     argv: list[str],  # arguments after the program's name
     prog: str = 'histogan.train',  # program name in the help
     default=None,  # instance holding the defaults, or None
-):  # an instance of `cls`
+):  # an instance of cls
     "`tyro.cli` with one-line errors and suggestions."
     heard = io.StringIO()
     try:

@@ -85,7 +85,7 @@ def _merged(best, new, k):
 NEXT = 20  # further neighbours that set the scale; decided
 
 def relative(
-    dist: np.ndarray,  # (N, k) from `nearest`, ascending
+    dist: np.ndarray,  # (N, k) from nearest, ascending
 ) -> np.ndarray:  # (N,) in [0, 1]; 1 = no nearer than the next ones
     "Distance of the nearest over the mean of the next."
     if dist.shape[1] < 2:
@@ -137,7 +137,7 @@ class Near(NamedTuple):
     dist: np.ndarray  # (N,) to the nearest
     rho: np.ndarray  # (N,) relative to the next
     row: np.ndarray  # (N,) the nearest training patch
-    turn: np.ndarray  # (N,) which pose of the patch it is near to; `poses`
+    turn: np.ndarray  # (N,) which pose of the patch it is near to; poses
 
 def encode_training(
     cache: FeatureCache,  # keeps the features
@@ -172,7 +172,7 @@ def place(
     cache: FeatureCache,  # keeps what was found
     ex: Extractor,  # the space of the comparison
     x: np.ndarray,  # (N, R, R, 3) uint8
-    ids: list[str],  # from `encode_training`
+    ids: list[str],  # from encode_training
 ) -> Near:
     "Encode eight poses, compare."
     space, blocks = (
@@ -196,7 +196,7 @@ def place(
 # %% ../nbs/62_copying.ipynb #61928803
 def copying_check(
     cache: FeatureCache,  # keeps the features
-    extractors: list[Extractor],  # `pixel_extractor()`, `layout_extractor(…)`
+    extractors: list[Extractor],  # pixel_extractor(), layout_extractor(…)
     fake: Patches,  # drawn
     held: Patches,  # reals that were not trained on
     train: Patches,  # what was trained on
@@ -232,7 +232,7 @@ def _compared(f, h, y):
 
 # %% ../nbs/62_copying.ipynb #8af6308a
 def verdict(
-    spaces: dict,  # name -> what `copying_check` found
+    spaces: dict,  # name -> what copying_check found
 ) -> dict:  # verdict 'yes' or 'no', sentence
     "The answer in words, with by how much."
     flags = {
@@ -258,7 +258,7 @@ def verdict(
 
 # %% ../nbs/62_copying.ipynb #63f09555
 def pairs_table(
-    places: dict,  # from `copying_check`
+    places: dict,  # from copying_check
     labels: np.ndarray,  # (N,) classes of the fakes
     paths: list[str],  # (N,) files of the fakes
     train_paths: list[str],  # (M,) files of the training patches
@@ -281,7 +281,7 @@ def pairs_table(
 
 # %% ../nbs/62_copying.ipynb #95bd6acd
 def closest(
-    near: Near,  # from `place`
+    near: Near,  # from place
     k: int,  # how many
 ) -> np.ndarray:  # positions, closest first; at most k
     "The closest patches to different training patches."
@@ -291,7 +291,7 @@ def closest(
 
 # %% ../nbs/62_copying.ipynb #fa0d47da
 def draw_pairs(
-    places: dict,  # from `copying_check`
+    places: dict,  # from copying_check
     fake: Patches,  # drawn
     held: Patches,  # reals that were not trained on
     train: Patches,  # what was trained on
@@ -329,9 +329,9 @@ def _draw_row(axes, near, p, train, who):
 # %% ../nbs/62_copying.ipynb #7b9c4bfa
 def save_copying(
     folder: Path,  # metrics of the run
-    result: dict,  # from `copying_check`
-    table: pd.DataFrame,  # from `pairs_table`
-    figure,  # from `draw_pairs`
+    result: dict,  # from copying_check
+    table: pd.DataFrame,  # from pairs_table
+    figure,  # from draw_pairs
 ):
     "Write copying.json, copying_pairs.csv and copying_pairs.png."
     write_json(folder / 'copying.json', result)

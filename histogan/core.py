@@ -122,7 +122,7 @@ def _rename(temp, path):
 def write_file(
     path,  # final file name
     content,  # bytes, str, or a function of an open binary file
-) -> Path:  # `path`; on any error the old file is still whole
+) -> Path:  # path; on any error the old file is still whole
     "Write a file whole or not at all."
     path = Path(path)
     temp = _temp_of(path)
@@ -172,7 +172,7 @@ def write_json(
     path,  # file to write, whole or not at all
     value,  # dicts, lists, numbers, text, dataclasses, arrays
     indent: int = 1,  # blanks per level
-) -> Path:  # `path`
+) -> Path:  # path
     "Write facts."
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
     return write_file(path, text + '\n')
@@ -196,7 +196,7 @@ def _brief(e): return ' '.join(str(e).split())[:80]
 def write_table(
     path,  # CSV to write, whole or not at all
     df,  # DataFrame; its index is not written
-) -> Path:  # `path`
+) -> Path:  # path
     "Write a table: UTF-8, lines end with a line feed, numbers in full."
     text = df.to_csv(index=False, lineterminator='\n')
     if '\r' in text or len(df.columns) == 1:  # a line that is blank, or taken for two
@@ -247,7 +247,7 @@ def _floats(column, path):
                      'which holds numbers; fix it')
 
 # %% ../nbs/00_core.ipynb #c0re0071
-def hasher():  # has `update(bytes)` and `hexdigest()`
+def hasher():  # has update(bytes) and hexdigest()
     "SHA-256, for what comes in pieces."
     return hashlib.sha256()
 
@@ -499,7 +499,7 @@ def wait_for(
     progress=lambda: 0,  # changes as long as the others are at work
     limit: float = 600,  # s without progress; decided
     every: float = .2,  # s between two looks
-):  # what `done` returned; InputError after the limit
+):  # what done returned; InputError after the limit
     "Wait for the work of other processes, as long as something moves."
     seen, since = progress(), time.monotonic()
     while not (result := done()):
@@ -519,7 +519,7 @@ def run_program(
     where: str = '',  # which of several processes this is
     # exception of a later chapter -> (code, last words), None for others
     known=lambda e: None,
-) -> int:  # 0 done, 2 bad input or full disk, 130 interrupted, or as `Stopped` says
+) -> int:  # 0 done, 2 bad input or full disk, 130 interrupted, or as Stopped says
     "Run a program; whatever a user can put right is one line."
     token = _COMMAND.set(130 if _is_command(argv) else None)
     try:
@@ -579,7 +579,7 @@ OLD_NAMES = {
 # %% ../nbs/00_core.ipynb #c0re0112
 def moved(
     module: str,  # that had the old names
-):  # its `__getattr__`
+):  # its __getattr__
     "Old names of a module, each with one warning."
     table, said = OLD_NAMES.get(module, {}), set()
     home_of = lambda name: importlib.import_module(f'histogan.{name}')

@@ -68,7 +68,7 @@ from histogan.splits import (
 @dataclass(frozen=True)
 class DataConfig:
     "Where the patches are and how they are split"
-    # TRAIN_ROOT: a folder per class, a prepared dataset, an array file, or `phantom`
+    # TRAIN_ROOT: a folder per class, a prepared dataset, an array file, or phantom
     root: str = ''
     test_root: str = ''  # VAL_ROOT: a second set, for val and test
     manifest: str = ''  # CSV path,label,split instead of a split by us
@@ -169,7 +169,7 @@ class OpenData:
     cfg: DataConfig  # as it was opened
     classes: list[str]  # sorted labels; the index is y
     manifest: pd.DataFrame  # a row per patch; its number is the id
-    images: object  # (N, R, R, 3) uint8 by id: array or `MappedImages`; None: too large
+    images: object  # (N, R, R, 3) uint8 by id: array or MappedImages; None: too large
     sampler: BalancedSampler  # the order of training, with its position
     train: object  # DataLoader of (x uint8 (N, 3, R, R), y, id)
     loader_real_eval: object  # the same over the patches set aside (val)

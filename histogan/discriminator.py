@@ -121,7 +121,7 @@ class DOutput(NamedTuple):
         pixel = () if self.logit_base is None else (self.logit,)
         return (*pixel, *self.heads, *self.pairs)
 
-    def split(self) -> tuple: # two `DOutput`
+    def split(self) -> tuple: # two DOutput
         "The two halves of a batch that was reals, then fakes."
         def half(v, k):
             if isinstance(v, tuple): return tuple(half(t, k) for t in v)
@@ -151,7 +151,7 @@ class MapHead(nn.Module):
     def __init__(self,
         c_in: int, # channels of the map
         cfg: DiscriminatorConfig, # classes and widths
-        side: int = 0, # of the map, px; only `places` needs it
+        side: int = 0, # of the map, px; only places needs it
     ):
         super().__init__()
         c, norm, self.head_px = cfg.head_ch, cfg.spectral_norm, cfg.head_px
@@ -174,7 +174,7 @@ class MapHead(nn.Module):
     def forward(self,
         m: torch.Tensor, # (N, c_in, H, W) standardised map
         y: torch.Tensor, # (N,) labels
-    ) -> tuple: # texture logit (N,); with `places` also (N, P)
+    ) -> tuple: # texture logit (N,); with places also (N, P)
         f, c, stride = m, self.conv1, self.stride(m.shape[-1])
         if self.mix is not None: f = F.conv2d(f, self.mix)
         f = F.leaky_relu(F.conv2d(f, c.weight, c.bias, stride, 1), 0.2)

@@ -122,19 +122,19 @@ def _open(spec, num_classes, data, cache_dir, size, cnn, device, progress):
 
 # %% ../nbs/24_encoder.ipynb #e40dd52b
 def load_encoder(
-    spec: str, # one of `KINDS`, or several: cnn+lite0
+    spec: str, # one of KINDS, or several: cnn+lite0
     *,
     num_classes: int | None = None, # of the data; cnn needs it
-    # (images uint8, labels) or `OpenData`; trains cnn, standardises maps
+    # (images uint8, labels) or OpenData; trains cnn, standardises maps
     data=None,
     cache_dir: str | Path | None = None, # keeps trained encoders
     # side convolutional networks resize to; px; None = as is
     size: int | None = None,
-    cnn: CNNConfig | None = None, # how cnn is trained; None = `cnn_config(size)`
+    cnn: CNNConfig | None = None, # how cnn is trained; None = cnn_config(size)
     device: str = 'cpu', # where it is trained and measured
     progress: bool = True, # show a bar while cnn trains
     kept: str | Path | None = None, # file of a run; read if there, else written
-) -> Encoder | None: # frozen, on `device`; None for none
+) -> Encoder | None: # frozen, on device; None for none
     "The encoder that a word on the command line asks for."
     specs = parts_of(spec)
     def opened(s):
@@ -171,7 +171,7 @@ def encoder_card(
     return dict(net=made, dim=e.dim, map_channels=e.map_channels, **wiring)
 
 def from_card(
-    card: dict, # from `encoder_card`, perhaps through JSON
+    card: dict, # from encoder_card, perhaps through JSON
     name: str, # its spec
     licence: str = '', # of its weights
 ) -> Encoder: # weights are still random
@@ -226,7 +226,7 @@ def check_encoder(
 
 # %% ../nbs/24_encoder.ipynb #ffd1e235
 def write_kept(
-    encoder: Encoder, # from `load_encoder`
+    encoder: Encoder, # from load_encoder
     path: str | Path, # file in the run's folder
     limit: int = 2 ** 26, # larger parts leave their weights where they are; bytes
 ) -> Path:
@@ -245,7 +245,7 @@ def write_kept(
 
 # %% ../nbs/24_encoder.ipynb #a6392b64
 def read_kept(
-    path: str | Path, # written by `write_kept`
+    path: str | Path, # written by write_kept
     specs: list, # of the parts that are asked for
     opened, # function of a spec -> Encoder, for parts whose weights are elsewhere
 ) -> Encoder:
@@ -305,7 +305,7 @@ def why_no_encoder() -> str: # lines to print once
 # %% ../nbs/24_encoder.ipynb #a23b8b9f
 def features_key(
     encoder: Encoder, # any
-    data, # what `open_data` gave
+    data, # what open_data gave
 ): # 16 hexadecimal digits
     "A name for the encoder and the pixels it is shown."
     m, e, h = data.manifest, encoder, hasher()
@@ -320,7 +320,7 @@ def features_key(
 # %% ../nbs/24_encoder.ipynb #f06fe23b
 def real_features(
     encoder: Encoder, # on any device
-    data, # what `open_data` gave: folders or a prepared dataset
+    data, # what open_data gave: folders or a prepared dataset
     cache_dir: str | Path, # where they are kept
     batch: int = 64, # patches per pass
     progress: bool = True, # show a bar while they are computed

@@ -27,11 +27,33 @@ from .copying import (copying_check, draw_pairs, layout_extractor, pairs_table,
 from .core import (InputError, run_program, safe_names, versions, warn_line,
                            write_json, write_table)
 from .data import load_manifest, open_data, read_rgb, resize, scan
-from .dist import elsewhere, in_turn, local_rank, on_first, processes, rank, world
+from histogan.dist import (
+    elsewhere,
+    in_turn,
+    local_rank,
+    on_first,
+    processes,
+    rank,
+    world,
+)
 from .encoder import CNNConfig, Encoder, parts_of, random_encoder
-from .features import (ALEXNET, INCEPTION, Extractor, FeatureCache, Lazy, Patches, absent,
-                               at_most, counts, encoder_extractor, fetch, find_weights,
-                               lpips_distance, missing, open_extractor)
+from histogan.features import (
+    ALEXNET,
+    INCEPTION,
+    Extractor,
+    FeatureCache,
+    Lazy,
+    Patches,
+    absent,
+    at_most,
+    counts,
+    encoder_extractor,
+    fetch,
+    find_weights,
+    lpips_distance,
+    missing,
+    open_extractor,
+)
 from .generate import fingerprint, generate
 from .metrics import ALL, LEAST, ROW, FIDLPIPSEvaluator
 from .phantom import PHANTOM_VERSION, make_phantom
@@ -86,7 +108,9 @@ def fresh_phantom(
     size, seed = cfg.data.image_size, cfg.phantom.seed + 12345
     name = f'phantom-{size}px-{2 * per_class}-seed{seed}-v{PHANTOM_VERSION}-fresh'
     root = folder.parent / 'cache' / name
-    make_phantom(root, 2 * per_class, size, seed, slides=48, workers=os.cpu_count() or 1)
+    make_phantom(
+        root, 2 * per_class, size, seed, slides=48, workers=os.cpu_count() or 1
+    )
     df = scan(root, r'-s(\d+)-')
     x = np.stack([read_rgb(f) for f in df.path])
     p = Patches(x, df.label.to_numpy(str), f'fresh phantom, seed {seed}')
@@ -95,7 +119,7 @@ def fresh_phantom(
 
 # %% ../nbs/63_eval.ipynb #cb28833c
 def split_of(
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     split: str,  # train, val or test
     per_class: int = 0,  # at most so many; 0 = all
 ) -> tuple[Patches, np.ndarray]:  # patches, group of each
@@ -103,12 +127,17 @@ def split_of(
     part = data.dataset(split)
     if not len(part):
         side = data.cfg.image_size
-        return Patches(np.empty((0, side, side, 3), np.uint8), np.empty(0, str), split), np.empty(0)
+        return Patches(
+            np.empty((0, side, side, 3), np.uint8), np.empty(0, str), split
+        ), np.empty(0)
     y = np.array(data.classes)[part.labels]
     keep = at_most(y, per_class) if per_class else np.arange(len(part))
     x = Lazy(part, keep)
     if len(keep) * data.cfg.image_size**2 * 3 <= 2**31: x = np.asarray(x)
-    return Patches(x, y[keep], split), data.manifest.loc[part.ids[keep], 'unit'].to_numpy()
+    return (
+        Patches(x, y[keep], split),
+        data.manifest.loc[part.ids[keep], 'unit'].to_numpy(),
+    )
 
 # %% ../nbs/63_eval.ipynb #e5000ff4
 def open_reals(
@@ -123,13 +152,20 @@ def open_reals(
     table = folder / 'artifacts' / 'manifest.csv'
     listed = load_manifest(table, cfg.data.folder, test_root=cfg.data.test_root)
     data = open_data(cfg.data, manifest=listed)
-    (train, units), (val, _), (test, _) = (split_of(data, s) for s in ('train', 'val', 'test'))
+    (train, units), (val, _), (test, _) = (
+        split_of(data, s) for s in ('train', 'val', 'test')
+    )
     fresh = fresh_phantom(folder, cfg, per_class) if cfg.is_phantom else None
     size = cfg.data.image_size
-    given = folder_patches(real, size, data.classes, f'folder {Path(real).name}') if real else None
+    given = (
+        folder_patches(real, size, data.classes, f'folder {Path(real).name}')
+        if real
+        else None
+    )
     reference = _reference(given, test, fresh, val)
     teach, halves = parts_for(train, units, fresh and fresh[0], seed)
-    if not given and len(reference.y) < LEAST <= len(halves[1].y): halves, reference = _few_aside(halves)
+    if not given and len(reference.y) < LEAST <= len(halves[1].y):
+        halves, reference = _few_aside(halves)
     return Reals(train, data.dataset('train').paths, halves, teach, reference,
                  held_out([val, test, reference]))
 
@@ -144,7 +180,9 @@ def _reference(given, test, fresh, val) -> Patches:
 
 def _few_aside(halves):
     "Half of the training reals stands in for a reference."
-    b = halves[1]._replace(name='half of the training reals (too few patches were set aside)')
+    b = halves[1]._replace(
+        name='half of the training reals (too few patches were set aside)'
+    )
     return (halves[0], b), b
 
 # %% ../nbs/63_eval.ipynb #e5397684
@@ -157,10 +195,22 @@ def parts_for(
     "Patches to teach a classifier, and two halves for the real-vs-real baseline."
     few = min(counts(reals).values())
     own = fresh is None and few >= 4 * FEWEST and len(set(reals.y)) > 1
-    if few >= 2: part, torn = split_by_group(reals.y, units, (.5, .25, .25) if own else (0, .5, .5), seed)
-    else: part, torn = 1 + np.random.default_rng(seed).permutation(len(reals.y)) % 2, []
-    note = f' (half of the patches in {", ".join(map(str, torn))}, which have few groups)' if torn else ''
-    teach = fresh if fresh is not None else reals.take(part == 0, f'half of the training groups{note}')
+    if few >= 2:
+        part, torn = split_by_group(
+            reals.y, units, (0.5, 0.25, 0.25) if own else (0, 0.5, 0.5), seed
+        )
+    else:
+        part, torn = 1 + np.random.default_rng(seed).permutation(len(reals.y)) % 2, []
+    note = (
+        f' (half of the patches in {", ".join(map(str, torn))}, which have few groups)'
+        if torn
+        else ''
+    )
+    teach = (
+        fresh
+        if fresh is not None
+        else reals.take(part == 0, f'half of the training groups{note}')
+    )
     return teach, (reals.take(part == 1), reals.take(part == 2))
 
 def held_out(
@@ -168,17 +218,23 @@ def held_out(
     most: int = 2000,  # patches in all; decided
 ) -> Patches:
     "Every patch kept from training, evenly of each class."
-    sets = [p for k, p in enumerate(sets) if len(p.y) and not any(p.x is q.x for q in sets[:k])]
+    sets = [
+        p
+        for k, p in enumerate(sets)
+        if len(p.y) and not any(p.x is q.x for q in sets[:k])
+    ]
     each = most // len(sets)
     sets = [p.take(at_most(p.y, max(each // len(np.unique(p.y)), 1))) for p in sets]
     x = np.concatenate([np.asarray(p.x) for p in sets])
-    return Patches(x, np.concatenate([p.y for p in sets]), ' + '.join(p.name for p in sets))
+    return Patches(
+        x, np.concatenate([p.y for p in sets]), ' + '.join(p.name for p in sets)
+    )
 
 # %% ../nbs/63_eval.ipynb #cd3971c4
 TEACHING = CNNConfig(seed=1009)  # another seed than training uses
 
 def classifier_of(
-    reals: Reals,  # from `open_reals`
+    reals: Reals,  # from open_reals
     classes: list[str],  # names by index
     cache: Path | None = None,  # keeps it
     device: str = 'cpu',  # where it works
@@ -187,22 +243,40 @@ def classifier_of(
     index = {c: k for k, c in enumerate(classes)}
     number = lambda p: np.array([index[c] for c in p.y], int)
     some = [p.take(at_most(p.y, 50)) for p in reals.halves]
-    if len(classes) < 2 or min(counts(reals.teach).get(c, 0) for c in classes) < FEWEST: return None
+    if len(classes) < 2 or min(counts(reals.teach).get(c, 0) for c in classes) < FEWEST:
+        return None
     sets = [(np.asarray(p.x), number(p)) for p in some]
-    return fit_held_out(np.asarray(reals.teach.x), number(reals.teach), len(classes), None, cache,
-                        TEACHING, device, reals=sets)
+    return fit_held_out(
+        np.asarray(reals.teach.x),
+        number(reals.teach),
+        len(classes),
+        None,
+        cache,
+        TEACHING,
+        device,
+        reals=sets,
+    )
 
 # %% ../nbs/63_eval.ipynb #9ae93df4
 def own_extractor(
-    classifier: HeldOutClassifier | None,  # from `classifier_of`
-    reals: Reals,  # from `open_reals`
+    classifier: HeldOutClassifier | None,  # from classifier_of
+    reals: Reals,  # from open_reals
     device: str = 'cpu',  # where it works
-) -> tuple[Extractor, Encoder]:  # `cnn`, or `random` where there is no classifier
+) -> tuple[Extractor, Encoder]:  # cnn, or random where there is no classifier
     "The extractor of this evaluation, and its encoder for the copying check."
-    if classifier is not None: return encoder_extractor(classifier.encoder, 'cnn', _note(reals.teach)), classifier.encoder
+    if classifier is not None:
+        return (
+            encoder_extractor(classifier.encoder, 'cnn', _note(reals.teach)),
+            classifier.encoder,
+        )
     sample = np.asarray(reals.train.take(at_most(reals.train.y, 256)).x)
     encoder = random_encoder(TEACHING.seed).calibrate(sample).to(device)
-    return encoder_extractor(encoder, 'random', 'untrained: too few patches to teach a classifier'), encoder
+    return (
+        encoder_extractor(
+            encoder, 'random', 'untrained: too few patches to teach a classifier'
+        ),
+        encoder,
+    )
 
 def _note(teach):
     "What the classifier shares with the run."
@@ -219,7 +293,8 @@ class EvalArgs:
     per_class: int = 200  # N_SYNTH_PER_CLASS: patches of each class; original recipe
     # networks; auto = cnn, those of the discriminator, alexnet and inception when there
     extractors: tuple[str, ...] = ('auto',)
-    lpips: Literal['auto', 'yes', 'no'] = 'auto'  # auto = when AlexNet's weights are there
+    # auto = when AlexNet's weights are there
+    lpips: Literal['auto', 'yes', 'no'] = 'auto'
     inception: str = ''  # path of Inception's weights; empty = torch's download folder
     alexnet: str = ''  # path of AlexNet's weights; empty = torch's download folder
     allow_download: bool = False  # fetch weights that are missing
@@ -236,7 +311,9 @@ class EvalArgs:
         lowest = dict(per_class=LEAST, max_real=0, pairs=1, seed=0, batch=1, size=0)
         for name, low in lowest.items():
             if (v := getattr(self, name)) < low:
-                raise InputError(f'--{name.replace("_", "-")} {v}: must be at least {low}')
+                raise InputError(
+                    f'--{name.replace("_", "-")} {v}: must be at least {low}'
+                )
 
 # %% ../nbs/63_eval.ipynb #83d5c5f6
 def choose_weights(
@@ -245,18 +322,30 @@ def choose_weights(
 ) -> tuple[list[str], Path | None, list[str]]:  # extractors, AlexNet, what is left out
     "Which networks, before any work; InputError has a line for each missing file."
     if a.allow_download: fetch_missing(a)
-    auto, paths = a.extractors == ('auto',), dict(inception=a.inception, alexnet=a.alexnet)
+    auto, paths = a.extractors == ('auto',), dict(
+        inception=a.inception, alexnet=a.alexnet
+    )
     there = {k: find_weights(w, paths[k]) for k, w in _PUBLISHED.items()}
-    specs = ['cnn', *used, *(k for k in ('alexnet', 'inception') if there[k])] if auto else list(a.extractors)
+    specs = (
+        ['cnn', *used, *(k for k in ('alexnet', 'inception') if there[k])]
+        if auto
+        else list(a.extractors)
+    )
     lack = {s: line for s in specs if (line := absent(s, a.inception, a.alexnet))}
     faults = [line for s, line in lack.items() if not (auto and s in used)]
-    if auto and a.inception and not there['inception']: faults.append(missing(INCEPTION, a.inception))
-    if (a.lpips == 'yes' or a.alexnet) and not there['alexnet']: faults.append(missing(ALEXNET, a.alexnet))
+    if auto and a.inception and not there['inception']:
+        faults.append(missing(INCEPTION, a.inception))
+    if (a.lpips == 'yes' or a.alexnet) and not there['alexnet']:
+        faults.append(missing(ALEXNET, a.alexnet))
     if faults: raise InputError('\nerror: '.join(dict.fromkeys(faults)))
     notes = [missing(INCEPTION)] * (auto and not there['inception'])
     notes += [missing(ALEXNET)] * (a.lpips == 'auto' and not there['alexnet'])
     kept = [s for s in dict.fromkeys(specs) if s not in lack]
-    return kept, there['alexnet'] if a.lpips != 'no' else None, notes + [lack[s] for s in lack]
+    return (
+        kept,
+        there['alexnet'] if a.lpips != 'no' else None,
+        notes + [lack[s] for s in lack],
+    )
 
 _PUBLISHED = dict(inception=INCEPTION, alexnet=ALEXNET)
 
@@ -264,10 +353,12 @@ _PUBLISHED = dict(inception=INCEPTION, alexnet=ALEXNET)
 def used_by(
     folder: Path,  # of the run
     cfg: Config,  # its configuration
-) -> list[str]:  # specs that `open_extractor` knows
+) -> list[str]:  # specs that open_extractor knows
     "The networks that the discriminator trained with, as far as they can be opened."
     own = folder / 'artifacts' / 'encoder.safetensors'
-    specs = [f'cnn:{own}' if s == 'cnn' else s for s in parts_of(cfg.encoder) if s != 'none']
+    specs = [
+        f'cnn:{own}' if s == 'cnn' else s for s in parts_of(cfg.encoder) if s != 'none'
+    ]
     return [s for s in specs if s != f'cnn:{own}' or own.is_file()]
 
 # %% ../nbs/63_eval.ipynb #8eaf556e
@@ -293,14 +384,17 @@ def pick(
     "The device of an evaluation."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name == 'cuda' and world() > 1: name = f'cuda:{local_rank()}'
-    try: return str(torch.empty(0, device=name).device)
+    try:
+        return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError):
-        raise InputError(f'--device {name}: not available on this machine; use cpu') from None
+        raise InputError(
+            f'--device {name}: not available on this machine; use cpu'
+        ) from None
 
 # %% ../nbs/63_eval.ipynb #b3e93531
 def synthetic_folder(
     folder: Path,  # of the run
-    key: str,  # `fingerprint` of the generator
+    key: str,  # fingerprint of the generator
     seed: int,  # of the patches
 ) -> Path:  # RUN/synth/seedS-WEIGHTS
     "Where the patches drawn from one generator with one seed live."
@@ -308,7 +402,7 @@ def synthetic_folder(
 
 # %% ../nbs/63_eval.ipynb #b191cb11
 def draw_synthetic(
-    G,  # from `load_generator`
+    G,  # from load_generator
     folder: Path,  # of the run
     a: EvalArgs,  # the options
 ) -> tuple[Patches, pd.DataFrame]:  # patches, and where each one is
@@ -323,7 +417,7 @@ def draw_synthetic(
 def distribution(
     ev: FIDLPIPSEvaluator,  # networks and cache
     fake: Patches,  # drawn
-    reals: Reals,  # from `open_reals`
+    reals: Reals,  # from open_reals
     max_real: int = 1000,  # of each class in each set; 0 = all
 ) -> pd.DataFrame:  # columns ROW
     "The fakes, and the comparisons of reals that they are read against."
@@ -332,8 +426,14 @@ def distribution(
     both, half = _joined(a, b, 'training reals'), counts(a, b)
     ref = _cut(reals.reference, max_real or len(reals.reference.y))
     n = counts(fake, both)
-    a, b = (_cut(p, {c: min(v, max_real or v) for c, v in half.items()}) for p in (a, b))
-    rows = [r for name, p in (('synthetic', fake), ('real', both)) for r in ev.rows(name, _cut(p, n), ref, classes, (a, b))]
+    a, b = (
+        _cut(p, {c: min(v, max_real or v) for c, v in half.items()}) for p in (a, b)
+    )
+    rows = [
+        r
+        for name, p in (('synthetic', fake), ('real', both))
+        for r in ev.rows(name, _cut(p, n), ref, classes, (a, b))
+    ]
     other = b._replace(name='the other half of the training reals')
     return _worth_showing(rows + ev.rows('real half', a, other, classes, (a, b)))
 
@@ -347,19 +447,30 @@ def _against_a_half(ev, fake, a, b, classes):
     "Fakes and one half of the reals, as many of each class, against the other half."
     n = counts(fake, a)
     fake, a, b = _cut(fake, n), _cut(a, n), _cut(b, len(b.y))
-    rows = [r for name, p in (('synthetic', fake), ('real half', a)) for r in ev.rows(name, p, b, classes, (a, b))]
+    rows = [
+        r
+        for name, p in (('synthetic', fake), ('real half', a))
+        for r in ev.rows(name, p, b, classes, (a, b))
+    ]
     return _worth_showing(rows)
 
 def _joined(a, b, name):
     "Two sets as one."
-    return Patches(np.concatenate([np.asarray(a.x), np.asarray(b.x)]), np.concatenate([a.y, b.y]), name)
+    return Patches(
+        np.concatenate([np.asarray(a.x), np.asarray(b.x)]),
+        np.concatenate([a.y, b.y]),
+        name,
+    )
 
 def _worth_showing(rows):
     "The table, if there is a distance in it; otherwise one line that says what is needed."
     df = pd.DataFrame(rows, columns=ROW)
     d = df[df.metric.str.startswith('FD-') | (df.metric == 'FID')]
     if d.value.notna().any(): return df
-    raise InputError(f'too few patches to compare: {d.n.max()} and {d.n_ref.max()}, {LEAST} in each set are needed')
+    raise InputError(
+        f'too few patches to compare: {d.n.max()} and {d.n_ref.max()}, {LEAST} in each '
+        f'set are needed'
+    )
 
 # %% ../nbs/63_eval.ipynb #f6154d2b
 def record(
@@ -372,14 +483,40 @@ def record(
 ) -> dict:  # eval.json
     "What a reader needs to repeat it."
     card = None if G is None else {k: v for k, v in G.card.items() if k != 'config'}
-    nets = [dict(name=e.name, weights=e.key, resize=e.resize, seen_in_training=e.trained_on, note=e.note)
-            for e in ev.extractors]
-    sizes = {p.name: len(p.y) for p in (reals.train, reals.teach, reals.reference, reals.held)}
-    names = ('torch', 'torchvision', 'torch-fidelity', 'lpips', 'timm', 'numpy', 'python')
-    return dict(run=a.run, options=dataclasses.asdict(a),
-                generator=G and dict(weights=fingerprint(G), card=card), extractors=nets, sets=sizes,
-                left_out=left_out, passes=dict(computed=ev.cache.computed, reused=ev.cache.reused),
-                seconds={k: round(v, 1) for k, v in seconds.items()}, versions=versions(*names))
+    nets = [
+        dict(
+            name=e.name,
+            weights=e.key,
+            resize=e.resize,
+            seen_in_training=e.trained_on,
+            note=e.note,
+        )
+        for e in ev.extractors
+    ]
+    sizes = {
+        p.name: len(p.y)
+        for p in (reals.train, reals.teach, reals.reference, reals.held)
+    }
+    names = (
+        'torch',
+        'torchvision',
+        'torch-fidelity',
+        'lpips',
+        'timm',
+        'numpy',
+        'python',
+    )
+    return dict(
+        run=a.run,
+        options=dataclasses.asdict(a),
+        generator=G and dict(weights=fingerprint(G), card=card),
+        extractors=nets,
+        sets=sizes,
+        left_out=left_out,
+        passes=dict(computed=ev.cache.computed, reused=ev.cache.reused),
+        seconds={k: round(v, 1) for k, v in seconds.items()},
+        versions=versions(*names),
+    )
 
 # %% ../nbs/63_eval.ipynb #38946b1f
 def check_copies(
@@ -388,15 +525,22 @@ def check_copies(
     encoder: Encoder,  # not one that the discriminator used
     fake: Patches,  # drawn
     paths: list[str],  # their files
-    reals: Reals,  # from `open_reals`
+    reals: Reals,  # from open_reals
 ) -> str:  # the verdict
     "The copying check, with its files."
-    if len(reals.train.y) < 2: return 'copying check: left out, there is one training patch'
+    if len(reals.train.y) < 2:
+        return 'copying check: left out, there is one training patch'
     spaces = [pixel_extractor(), layout_extractor(encoder, 'cnn')]
     result, places = copying_check(cache, spaces, fake, reals.held, reals.train)
     (folder / 'metrics').mkdir(exist_ok=True)
     table = pairs_table(places, fake.y, paths, reals.paths)
-    on_first(save_copying, folder / 'metrics', result, table, draw_pairs(places, fake, reals.held, reals.train))
+    on_first(
+        save_copying,
+        folder / 'metrics',
+        result,
+        table,
+        draw_pairs(places, fake, reals.held, reals.train),
+    )
     return result['sentence']
 
 # %% ../nbs/63_eval.ipynb #1866b256
@@ -409,20 +553,35 @@ def evaluate_run(
     specs, alexnet, left_out = on_first(choose_weights, a, used_by(folder, cfg))
     if a.real: scan(a.real)
     _tell(*(f'note: left out: {line}' for line in left_out), file=sys.stderr)
-    opened = {s: open_extractor(s, a.inception, cfg.encoder, device, a.alexnet) for s in specs if s != 'cnn'}
+    opened = {
+        s: open_extractor(s, a.inception, cfg.encoder, device, a.alexnet)
+        for s in specs
+        if s != 'cnn'
+    }
     lpips = lpips_distance(alexnet, device) if alexnet else None
     reals = in_turn(open_reals, folder, cfg, a.per_class, a.real)
     clock('reals')
-    ev, encoder = _evaluator(a, specs, opened, lpips, reals, G.classes, folder.parent / 'cache', device)
+    ev, encoder = _evaluator(
+        a, specs, opened, lpips, reals, G.classes, folder.parent / 'cache', device
+    )
     clock('classifier')
     fake, table = draw_synthetic(G.to(device), folder, a)
     clock('draw')
     df = distribution(ev, fake, reals, a.max_real)
     clock('compare')
-    if a.copying: _tell(check_copies(folder, ev.cache, encoder, fake, table.path.tolist(), reals))
+    if a.copying:
+        _tell(check_copies(folder, ev.cache, encoder, fake, table.path.tolist(), reals))
     clock('copying')
-    on_first(write_results, folder / 'metrics', df, record(a, G, ev, reals, clock.seconds, left_out))
-    _tell(f'{len(fake.y)} patches, features: {ev.cache.computed} computed, {ev.cache.reused} reused')
+    on_first(
+        write_results,
+        folder / 'metrics',
+        df,
+        record(a, G, ev, reals, clock.seconds, left_out),
+    )
+    _tell(
+        f'{len(fake.y)} patches, features: {ev.cache.computed} computed, '
+        f'{ev.cache.reused} reused'
+    )
     return df
 
 # %% ../nbs/63_eval.ipynb #38a55194
@@ -430,29 +589,43 @@ def _evaluator(a, specs, opened, lpips, reals, classes, cache, device):
     "Networks with a cache, and the encoder for the copying check."
     classifier = in_turn(classifier_of, reals, classes, cache, device)
     if classifier is None and 'cnn' in specs and a.extractors != ('auto',):
-        raise InputError(f'--extractors cnn: a classifier needs two classes and {4 * FEWEST} patches of each')
+        raise InputError(
+            f'--extractors cnn: a classifier needs two classes and {4 * FEWEST} '
+            f'patches of each'
+        )
     own, encoder = own_extractor(classifier, reals, device)
     nets = [opened.get(s, own) for s in specs]
     store = FeatureCache(cache / 'features', batch=a.batch)
-    return FIDLPIPSEvaluator(store, nets, lpips, a.pairs, a.seed, classifier, classes), encoder
+    return (
+        FIDLPIPSEvaluator(store, nets, lpips, a.pairs, a.seed, classifier, classes),
+        encoder,
+    )
 
 # %% ../nbs/63_eval.ipynb #25869385
 def evaluate_folders(
     real,  # folder of reals: a folder per class, or patches alone
     fake,  # folder of synthetic patches: likewise
     cache=None,  # folder that keeps features; None = nowhere
-    **options,  # of `EvalArgs`: extractors, size, max_real, device, …
-) -> pd.DataFrame:  # columns ROW; `summary` prints it
+    **options,  # of EvalArgs: extractors, size, max_real, device, …
+) -> pd.DataFrame:  # columns ROW; summary prints it
     "Compare synthetic with real patches, without a run."
     a = EvalArgs(str(fake), real=str(real), **options)
     specs, alexnet, left_out = choose_weights(a)
-    device, (reals, drawn) = pick(a.device), folder_sets(real, fake, a.size, a.max_real, a.seed)
+    device, (reals, drawn) = pick(a.device), folder_sets(
+        real, fake, a.size, a.max_real, a.seed
+    )
     _tell(*(f'note: left out: {line}' for line in left_out), file=sys.stderr)
-    opened = {s: open_extractor(s, a.inception, device=device, alexnet=a.alexnet) for s in specs if s != 'cnn'}
+    opened = {
+        s: open_extractor(s, a.inception, device=device, alexnet=a.alexnet)
+        for s in specs
+        if s != 'cnn'
+    }
     lpips = lpips_distance(alexnet, device) if alexnet else None
     with contextlib.ExitStack() as stack:
         where = Path(cache or stack.enter_context(tempfile.TemporaryDirectory()))
-        ev, _ = _evaluator(a, specs, opened, lpips, reals, sorted(set(drawn.y)), where, device)
+        ev, _ = _evaluator(
+            a, specs, opened, lpips, reals, sorted(set(drawn.y)), where, device
+        )
         return distribution(ev, drawn, reals, a.max_real)
 
 # %% ../nbs/63_eval.ipynb #b840e268
@@ -467,17 +640,29 @@ def folder_sets(
     (rp, ry), (fp, fy) = _files(real), _files(fake)
     if not set(ry) & set(fy):
         if len(set(ry)) > 1 and len(set(fy)) > 1:
-            raise InputError(f'{fake}: shares no class with {real} ({", ".join(sorted(set(ry)))[:100]}); give the folders the same names')
+            raise InputError(
+                f'{fake}: shares no class with {real} '
+                f'({", ".join(sorted(set(ry)))[:100]}); give the folders the same names'
+            )
         ry, fy = (np.full(len(y), 'patches') for y in (ry, fy))
     shared = sorted(set(ry) & set(fy))
     lost = sorted((set(ry) | set(fy)) - set(shared))
-    if lost: warn_line(f'left out: {", ".join(lost)[:200]}, which one of the folders lacks')
+    if lost:
+        warn_line(f'left out: {", ".join(lost)[:200]}, which one of the folders lacks')
     size = size or read_rgb(fp[0]).shape[0]
-    load = lambda p, y, name, n: (k := at_most(y, dict.fromkeys(shared, n or len(y))), Patches(_pixels(p[k], size), y[k], name))[1]
-    reals, drawn = load(rp, ry, 'real', 4 * max_real), load(fp, fy, 'synthetic', max_real)
+    load = lambda p, y, name, n: (
+        k := at_most(y, dict.fromkeys(shared, n or len(y))),
+        Patches(_pixels(p[k], size), y[k], name),
+    )[1]
+    reals, drawn = load(rp, ry, 'real', 4 * max_real), load(
+        fp, fy, 'synthetic', max_real
+    )
     teach, (a, b) = parts_for(reals, np.arange(len(reals.y)), seed=seed)
     b = b._replace(name=f'reals of {Path(real).name}')
-    return Reals(reals, [], (a, b), teach._replace(name='half of the reals'), b, b), drawn
+    return (
+        Reals(reals, [], (a, b), teach._replace(name='half of the reals'), b, b),
+        drawn,
+    )
 
 # %% ../nbs/63_eval.ipynb #851ef7ee
 def _files(root):
@@ -485,7 +670,8 @@ def _files(root):
     root = Path(root)
     if not root.is_dir(): raise InputError(f'{root}: no such folder')
     flat = [p for p in sorted(root.iterdir()) if p.suffix.lower() in _PICTURES]
-    if flat: return np.array([str(p) for p in flat], object), np.full(len(flat), 'patches')
+    if flat:
+        return np.array([str(p) for p in flat], object), np.full(len(flat), 'patches')
     df = scan(root)
     return df.path.to_numpy(object), df.label.to_numpy(str)
 
@@ -495,12 +681,15 @@ _PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'}
 def write_results(
     folder: Path,  # metrics of the run
     df: pd.DataFrame,  # columns ROW
-    facts: dict,  # from `record`
+    facts: dict,  # from record
 ):
     "distribution.csv and eval.json."
     folder.mkdir(exist_ok=True)
     short = lambda v: float(f'{v:.6g}')
-    write_table(folder / 'distribution.csv', df.assign(value=df.value.map(short), std=df['std'].map(short)))
+    write_table(
+        folder / 'distribution.csv',
+        df.assign(value=df.value.map(short), std=df['std'].map(short)),
+    )
     write_json(folder / 'eval.json', facts)
 
 # %% ../nbs/63_eval.ipynb #21ce9f8c
@@ -525,16 +714,27 @@ def summary(
     n = d[d.n_ref > 0].groupby('set')[['n', 'n_ref']].first()
     wide = d.pivot_table(index='metric', columns='set', values='value', sort=False)
     wide.columns = [f'{s} ({n.n[s]} : {n.n_ref[s]})' for s in wide.columns]
-    lines = [f'compared with {d.reference.iloc[0]}; in brackets n : n_ref', wide.to_string(float_format='%.4g')]
+    lines = [
+        f'compared with {d.reference.iloc[0]}; in brackets n : n_ref',
+        wide.to_string(float_format='%.4g'),
+    ]
     return '\n'.join(lines + _footnotes(d))
 
 def _footnotes(d):
     "What the figures can bear."
     had = bool((d.trained_on == 'yes').any())
-    lines = ['* in features that the discriminator trained with; read the others beside them'] * had
-    d = d.assign(note=d.note.fillna('').str.removeprefix('seen in training').str.removeprefix('; '))
+    lines = [
+        '* in features that the discriminator trained with; read the others beside them'
+    ] * had
+    d = d.assign(
+        note=d.note.fillna('')
+        .str.removeprefix('seen in training')
+        .str.removeprefix('; ')
+    )
     notes = d[d.note != ''].drop_duplicates(['metric', 'note'])
-    return lines + [f'{m.removesuffix(" *")}: {n}' for m, n in zip(notes.metric, notes.note)]
+    return lines + [
+        f'{m.removesuffix(" *")}: {n}' for m, n in zip(notes.metric, notes.note)
+    ]
 
 # %% ../nbs/63_eval.ipynb #43d625ce
 def main(
@@ -548,9 +748,14 @@ def main(
 def _body(argv):
     a = tyro_parse(EvalArgs, argv, 'histogan.eval')
     if a.real and not Path(a.run, 'config.json').exists() and Path(a.run).is_dir():
-        options = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if f.name not in ('run', 'real')}
+        options = {
+            f.name: getattr(a, f.name)
+            for f in dataclasses.fields(a)
+            if f.name not in ('run', 'real')
+        }
         return print(summary(evaluate_folders(a.real, a.run, **options)))
-    with processes(pick(a.device)): _tell(summary(evaluate_run(a)), f'written: {Path(a.run, "metrics")}')
+    with processes(pick(a.device)):
+        _tell(summary(evaluate_run(a)), f'written: {Path(a.run, "metrics")}')
 
 # %% ../nbs/63_eval.ipynb #eb6d37f6
 #| eval: false

@@ -70,7 +70,7 @@ def beside(
 # %% ../nbs/70_explore.ipynb #15cfa928
 @torch.no_grad()
 def draw_sample(
-    G,  # a Generator, as `load_generator` gives it
+    G,  # a Generator, as load_generator gives it
     label: str,  # one of G.classes
     seed: int = 0,  # of latent and noise; ≥ 0
     mix: int = -1,  # seed of a second latent; -1: none
@@ -158,7 +158,7 @@ def bent_trace(
 
 # %% ../nbs/70_explore.ipynb #68c6c33b
 def simulate(
-    trace: dict,  # as `bent_trace` makes it, or columns of metrics_gan.csv
+    trace: dict,  # as bent_trace makes it, or columns of metrics_gan.csv
     ada: AdaConfig = AdaConfig(),  # constants of ADA
     gate: GateConfig = GateConfig(),  # constants of the encoder gate
     sat: SaturationConfig = SaturationConfig(),  # constants of the saturation guard
@@ -264,7 +264,7 @@ def dirac_gan(
 
 # %% ../nbs/70_explore.ipynb #409e8c03
 def draw_dirac(
-    **how,  # arguments of `dirac_gan`
+    **how,  # arguments of dirac_gan
 ) -> Image.Image:
     "The path in the plane of both parameters, and theta over the steps."
     import matplotlib.pyplot as plt

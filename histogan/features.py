@@ -93,7 +93,7 @@ def verify(
 # %% ../nbs/60_features.ipynb #e58adfc1
 def fetch(
     w: Published,  # what is wanted; the user has agreed
-) -> Path:  # in `hub()`
+) -> Path:  # in hub()
     "Download weights; what does not match its checksum is not kept."
     to = hub() / w.names[0]
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def same_network(
 
 # %% ../nbs/60_features.ipynb #e83f818b
 def open_extractor(
-    spec: str,  # one of `EXTRACTORS`
+    spec: str,  # one of EXTRACTORS
     inception: str = '',  # path of Inception's weights; empty = the usual place
     used: str = 'none',  # the encoder the discriminator trained with
     device: str = 'cpu',  # where it works
@@ -247,7 +247,7 @@ EXTRACTORS = ('inception, alexnet, pathoduet:PATH, timm:NAME:PATH, lite0[:PATH],
               'cnn (trained here), cnn:PATH, random:SEED')
 
 def absent(
-    spec: str,  # as for `open_extractor`, or cnn
+    spec: str,  # as for open_extractor, or cnn
     inception: str = '',  # path of Inception's weights; empty = the usual place
     alexnet: str = '',  # path of AlexNet's weights; empty = the usual place
 ) -> str:  # one line, or '' when nothing is missing
@@ -435,9 +435,9 @@ def keep(self: FeatureCache,
 def get(self: FeatureCache,
     space: str,  # name and key of the network
     ids: list[str],  # content of each item
-    compute: Callable,  # positions in `ids` -> (n, d) features
+    compute: Callable,  # positions in ids -> (n, d) features
     batch: int = 0,  # items per pass; 0 = as usual
-) -> np.ndarray:  # (N, d) float32, in the order of `ids`
+) -> np.ndarray:  # (N, d) float32, in the order of ids
     "Features; what is not known is computed and kept, by all processes together."
     barrier()  # every process finds the same on the disk
     known, first = self.load(space), {i: k for k, i in reversed(list(enumerate(ids)))}
@@ -476,7 +476,7 @@ def fill(self: FeatureCache,
     space: str,  # name and key of the network
     ids: list[str],  # content of each item
     todo: list[int],  # positions to compute
-    compute: Callable,  # positions in `ids` -> (n, d) features
+    compute: Callable,  # positions in ids -> (n, d) features
     batch: int = 0,  # items per pass; 0 = as usual
 ):
     "Compute and keep, a shard at a time."
@@ -509,7 +509,7 @@ def features(
     cache: FeatureCache,  # what is known already
     ex: Extractor,  # the network
     images: np.ndarray,  # (N, R, R, 3) uint8
-    ids: list[str] | None = None,  # their `content_id`, where known
+    ids: list[str] | None = None,  # their content_id, where known
 ) -> np.ndarray:  # (N, d) float32
     "Features of patches, each computed once."
     encode = lambda k: ex.encode(to_batch(images[k], ex.device)).float().cpu().numpy()
@@ -527,7 +527,7 @@ def to_batch(
 class Lazy:
     "Patches that are decoded when they are needed: as much of an array as evaluation takes."
     def __init__(self,
-        part,  # a `HistoDataset`
+        part,  # a HistoDataset
         keep: np.ndarray,  # positions in it
     ):
         self.part, self.keep = part, keep
@@ -545,7 +545,7 @@ class Lazy:
 # %% ../nbs/60_features.ipynb #ffd0b5c2
 class Patches(NamedTuple):
     "Patches and their classes."
-    x: np.ndarray  # (N, R, R, 3) uint8, or a `Lazy` one
+    x: np.ndarray  # (N, R, R, 3) uint8, or a Lazy one
     y: np.ndarray  # (N,) class names
     name: str = ''  # what they are, for a table
 

@@ -312,7 +312,7 @@ def _label_names(raw) -> dict:  # label as written -> label
 # %% ../nbs/02_folders.ipynb #e3d3e2a9
 def scan(
     root: str | Path,  # folder with one folder per class, or a file of arrays
-    group_regex: str = '',  # see `file_groups`; empty: no column `group`
+    group_regex: str = '',  # see file_groups; empty: no column group
     class_names=(),  # of an array's numbers, in order
 ) -> pd.DataFrame:  # columns path, label and perhaps group, split; sorted
     "The manifest of a folder of class folders."

@@ -165,7 +165,7 @@ def calibrate(self: Encoder,
 class Joined(nn.Module):
     "Several encoders as one network: embeddings side by side, maps one after another."
     def __init__(self,
-        parts: list, # of `Encoder`, each with its own size and range
+        parts: list, # of Encoder, each with its own size and range
     ):
         super().__init__()
         self.parts = nn.ModuleList(parts)
@@ -181,7 +181,7 @@ class Joined(nn.Module):
 
 # %% ../nbs/21_frozen.ipynb #371bdc17
 def join(
-    parts: list, # of `Encoder`
+    parts: list, # of Encoder
 ) -> Encoder: # calibrated as they are
     "The interface around several encoders."
     def told(what):
@@ -199,7 +199,7 @@ def join(
 
 def encoders_in(
     encoder: Encoder, # one, or several joined
-) -> list: # of `Encoder`
+) -> list: # of Encoder
     "The parts of a joined encoder; of another, itself."
     return list(encoder.net.parts) if isinstance(encoder.net, Joined) else [encoder]
 

@@ -73,7 +73,7 @@ def fingerprint(
 
 # %% ../nbs/55_generate.ipynb #ed0eda1e
 def rows_for(
-    G: Generator,  # from `load_generator`
+    G: Generator,  # from load_generator
     numbers: dict,  # class name -> numbers of its patches
     seed: int,  # of the call
 ) -> list[dict]:  # path below the folder, label, seed; mpp where it is known
@@ -86,7 +86,7 @@ def rows_for(
 
 # %% ../nbs/55_generate.ipynb #1c92b45a-2
 def generate(
-    G: Generator,  # from `load_generator`
+    G: Generator,  # from load_generator
     out,  # folder to fill
     # N_SYNTH_PER_CLASS: patches of each class; ≥ 1; original recipe
     per_class: int = 200,
@@ -174,7 +174,7 @@ def _between(v, frames):
 
 # %% ../nbs/55_generate.ipynb #3bb921c7
 def save_walk(
-    x: torch.Tensor,  # (N, 3, R, R) in [-1, 1], from `walk`
+    x: torch.Tensor,  # (N, 3, R, R) in [-1, 1], from walk
     path,  # .png: a strip; .gif: a loop
     ms: int = 120,  # of a frame of the GIF
 ) -> Path:  # the file
@@ -208,7 +208,7 @@ class OnnxGenerator(nn.Module):
 
 # %% ../nbs/55_generate.ipynb #d5745f1c
 def export_onnx(
-    G: Generator,  # from `load_generator`; on the CPU
+    G: Generator,  # from load_generator; on the CPU
     path,  # file to write
     opset: int = 17,  # of ONNX; 17 is read by onnxruntime 1.12 and later
 ) -> Path:  # the file; InputError when onnx is not installed
@@ -233,7 +233,7 @@ def export_onnx(
 
 # %% ../nbs/55_generate.ipynb #f7f0dd7d
 def flat_noise(
-    noise: list,  # over blocks of (N, 1, r, r), from `draw_noise` or `latents`
+    noise: list,  # over blocks of (N, 1, r, r), from draw_noise or latents
 ) -> torch.Tensor:  # (N, K): what the ONNX model takes
     "Noise of all blocks in one row."
     return torch.cat([n.flatten(1) for n in noise], 1)

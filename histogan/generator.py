@@ -15,10 +15,26 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/10_generator.ipynb #a93d247f
-from .blocks import (GAIN, SLOPE, Block, ClampInward, EqualLinear, MappingNetwork,
-                             ModulatedConv2d, clamp_output, condition, conv_same,
-                             demodulation, draw_crossover, draw_noise, linear, mix_styles,
-                             noise_maps, rms_norm, upsample2)
+from histogan.blocks import (
+    GAIN,
+    SLOPE,
+    Block,
+    ClampInward,
+    EqualLinear,
+    MappingNetwork,
+    ModulatedConv2d,
+    clamp_output,
+    condition,
+    conv_same,
+    demodulation,
+    draw_crossover,
+    draw_noise,
+    linear,
+    mix_styles,
+    noise_maps,
+    rms_norm,
+    upsample2,
+)
 
 # %% ../nbs/10_generator.ipynb #5b79ca5c
 def require(
@@ -86,7 +102,7 @@ class GeneratorConfig:
 
 # %% ../nbs/10_generator.ipynb #bfedb0fa
 def check_generator(
-    cfg,    # a `GeneratorConfig`
+    cfg,    # a GeneratorConfig
 ):
     "Raise `ValueError` at the first field out of range."
     for f in ('num_classes', 'z_dim', 'w_dim', 'n_layers', 'fmap_base', 'fmap_min'):
@@ -139,7 +155,7 @@ class Stem(nn.Module):
 RGB_GAIN = 0.5      # gives an untrained image a std near 0.3; measured below
 
 def rgb_layers(
-    cfg,    # a `GeneratorConfig`
+    cfg,    # a GeneratorConfig
 ):          # a 1×1 convolution after each block that paints
     "The layers that turn features into colours."
     ch, n = cfg.widths[1:], len(cfg.sizes)
@@ -156,7 +172,7 @@ class Synthesis(nn.Module):
     "Stem, blocks, colours and clamp: (zc, one style per block, noise) → image."
     def __init__(
         self,
-        cfg,        # a `GeneratorConfig`
+        cfg,        # a GeneratorConfig
         zc_dim,     # width of zc; ≥ 1
     ):
         super().__init__()
@@ -171,7 +187,7 @@ class Synthesis(nn.Module):
         self,
         zc,             # joined latent and class; (N, zc_dim)
         ws,             # styles; (n_blocks, N, w_dim)
-        noise=None,     # None, a `torch.Generator`, a list or 'zero'
+        noise=None,     # None, a torch.Generator, a list or 'zero'
     ):                  # (N, 3, R, R), at least float32
         maps = noise_maps(noise, len(zc), self.cfg.sizes, zc.device)
         x, image = self.stem(zc), None
@@ -189,7 +205,7 @@ class Styles(nn.Module):
     "(z, y) → the joined input `zc` and the style `w`."
     def __init__(
         self,
-        cfg,    # a `GeneratorConfig`
+        cfg,    # a GeneratorConfig
     ):
         super().__init__()
         self.cfg, self.zc_dim = cfg, cfg.z_dim * (2 if cfg.cond == 'concat' else 1)
@@ -217,7 +233,7 @@ class Generator(nn.Module):
     "Class-conditional image generator: (z, y) → (N, 3, R, R)."
     def __init__(
         self,
-        cfg=GeneratorConfig(),      # shape; a `GeneratorConfig`
+        cfg=GeneratorConfig(),      # shape; a GeneratorConfig
     ):
         super().__init__()
         self.cfg, self.styles = cfg, Styles(cfg)
@@ -228,8 +244,8 @@ class Generator(nn.Module):
         z,              # latent; (N, z_dim), standard normal
         y,              # class; (N,) int64 in 0 … num_classes - 1
         z_mix=None,     # second latent, in training only; (N, z_dim)
-        noise=None,     # None, a `torch.Generator`, a list or 'zero'
-        crossover=None, # as `draw_crossover` draws it; None: drawn here
+        noise=None,     # None, a torch.Generator, a list or 'zero'
+        crossover=None, # as draw_crossover draws it; None: drawn here
     ):                  # (N, 3, R, R) float32
         zc, w = self.styles(z, y)
         n = len(self.cfg.sizes)
@@ -315,10 +331,10 @@ Not for diagnosis, and no evidence of how a tissue looks.
 
 # %% ../nbs/10_generator.ipynb #70dcf624
 def build_pretrained(
-    card,  # as `write_pretrained` takes it
+    card,  # as write_pretrained takes it
     weights,  # name -> tensor
     where='card',  # file or folder, for messages
-):  # Generator in evaluation mode, with `.classes` and `.card`
+):  # Generator in evaluation mode, with .classes and .card
     "A generator from its two parts."
     try:
         G = Generator(GeneratorConfig(**card['config']))
@@ -350,7 +366,7 @@ def from_pretrained(
     download=False,     # a Hub id may be fetched
     revision=None,      # branch, tag or commit on the Hub
     token=None,         # of the Hub, for private ones
-):                      # Generator in evaluation mode, with `.classes` and `.card`
+):                      # Generator in evaluation mode, with .classes and .card
     "A trained generator from a folder or, when allowed, from the Hub."
     folder = Path(source)
     if not folder.is_dir():
@@ -368,7 +384,7 @@ def from_pretrained(
 def save_pretrained(
     self: Generator,
     folder,     # made when missing
-    readme='',  # model card, Markdown; empty: made from `.card`
+    readme='',  # model card, Markdown; empty: made from .card
 ):              # Path of the folder
     "Write an exported folder: what `from_pretrained` and the Hub read."
     if not hasattr(self, 'classes'):
@@ -384,7 +400,7 @@ def save_pretrained(
 def push_to_hub(
     self: Generator,
     repo_id,        # USER/NAME; made when it does not exist
-    readme='',      # model card, Markdown; empty: made from `.card`
+    readme='',      # model card, Markdown; empty: made from .card
     private=True,   # of a new repository
     token=None,     # of the Hub; None: the one you are logged in with
 ):                  # address of the commit

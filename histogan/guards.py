@@ -29,13 +29,17 @@ class Verdict:
 @dataclass(frozen=True)
 class GateConfig:
     "The encoder gate: how much the encoder's head counts in D."
-    acc_gate_hi: float = 0.78  # ACC_GATE_HI: acc_ema that opens; [0, 1]; original recipe
+    # ACC_GATE_HI: acc_ema that opens; [0, 1]; original recipe
+    acc_gate_hi: float = 0.78
     acc_gate_lo: float = 0.70  # ACC_GATE_LO: acc_ema that shuts; ≤ hi; original recipe
     alpha_max: float = 0.15  # ALPHA_MAX: alpha's target when open; ≥ 0; original recipe
-    alpha_dalpha: float = 1e-4  # ALPHA_DALPHA: largest change a step; > 0; original recipe
+    # ALPHA_DALPHA: largest change a step; > 0; original recipe
+    alpha_dalpha: float = 1e-4
     alpha_tau: float = 400.0  # ALPHA_TAU: time constant; steps, > 0; original recipe
-    alpha_freeze_until: int = 500  # ALPHA_FREEZE_UNTIL: shut before; steps; original recipe
-    duet_dwell_steps: int = 200  # DUET_DWELL_STEPS: wait after a switch; original recipe
+    # ALPHA_FREEZE_UNTIL: shut before; steps; original recipe
+    alpha_freeze_until: int = 500
+    # DUET_DWELL_STEPS: wait after a switch; original recipe
+    duet_dwell_steps: int = 200
 
     def __post_init__(self):
         if not 0 <= self.acc_gate_lo <= self.acc_gate_hi <= 1:
@@ -114,8 +118,10 @@ def gate_update(
 @dataclass(frozen=True)
 class SaturationConfig:
     "The saturation guard: a one-way ratchet on the encoder's two influences."
-    saturation_limit: float = 0.75  # mean|x_fake| above which it trips; > 0; original recipe
-    lambda_factor: float = 0.9  # LAMBDA_PERCEPTUAL is multiplied by it; (0, 1]; original recipe
+    # mean|x_fake| above which it trips; > 0; original recipe
+    saturation_limit: float = 0.75
+    # LAMBDA_PERCEPTUAL is multiplied by it; (0, 1]; original recipe
+    lambda_factor: float = 0.9
     lambda_min: float = 0.005  # floor of that; ≥ 0; original recipe
     alpha_factor: float = 0.95  # ALPHA_MAX is multiplied by it; (0, 1]; original recipe
     alpha_min: float = 0.10  # floor of that; ≥ 0; original recipe

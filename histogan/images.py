@@ -98,7 +98,7 @@ def _bits(f, o) -> np.ndarray:  # (N,) uint64
 # %% ../nbs/01_images.ipynb #f37ad9d4
 def phash(
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
-    orientations=(0,),  # see `orient`
+    orientations=(0,),  # see orient
 ) -> np.ndarray:  # (len(orientations), N) uint64
     "The 64-bit perceptual hash of each thumbnail, as it lies and turned."
     f = _frequencies(thumbs)
@@ -172,7 +172,7 @@ def _verified(thumbs, i, j, o, threshold) -> np.ndarray:  # (n, 4): i, j, o, cor
 def near_duplicates(
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey; may be memory-mapped
     threshold: float = .95,  # correlation of copies; (0, 1]; measured above
-    orientations=range(8),  # see `orient`; (0,): only as they lie
+    orientations=range(8),  # see orient; (0,): only as they lie
     rows: np.ndarray | None = None,  # sorted: compare these alone; default: all
 ) -> pd.DataFrame:  # columns i < j, orientation (of i), correlation
     "Pairs of patches that show the same tissue, perhaps flipped or turned."
@@ -444,7 +444,7 @@ def _decode(path, check=True) -> tuple[np.ndarray, float]:  # (H, W, 3) uint8; Â
         return img, _pixel_size(im)
 
 # %% ../nbs/01_images.ipynb #47755ebb
-def _read(path, check=True) -> tuple[np.ndarray, float]:  # as `_decode`
+def _read(path, check=True) -> tuple[np.ndarray, float]:  # as _decode
     "Read one patch; every failure is an `InputError` that names the file."
     try: return _decode(path, check)
     except InputError as e: fault = str(e)

@@ -199,7 +199,7 @@ def drawable(
 def grid_image(
     x: torch.Tensor,  # (classes × k, 3, R, R) in [-1, 1], class by class
     classes: list[str],  # names, one per row
-) -> Image.Image:  # its `info['grid']` says where the tiles are
+) -> Image.Image:  # its info['grid'] says where the tiles are
     "Rows of images with the class drawn at the left."
     k, R, n = len(x) // len(classes), x.shape[-1], len(classes)
     tiles = to_uint8(x).cpu().reshape(n, k, 3, R, R).permute(0, 3, 1, 4, 2)
@@ -214,7 +214,7 @@ def grid_image(
 
 # %% ../nbs/53_log.ipynb #6b835e30
 def tile_of(
-    page: Image.Image,  # of `grid_image`, or read from samples/
+    page: Image.Image,  # of grid_image, or read from samples/
     row: int,  # class
     column: int,  # latent
 ) -> Image.Image:

@@ -351,24 +351,30 @@ class LossConfig:
     # weight of the adversarial loss of D and of G, mean over heads; >= 0; original recipe; 1.5 in
     # preset modern
     adv_weight: float = 1.0
-    r1_gamma: float = 15.0 # R1_GAMMA: R1 is weighted by half of it; >= 0; original recipe
-    r1_every: int = 8 # R1_EVERY: steps between R1, not multiplied back; >= 1; original recipe
+    # R1_GAMMA: R1 is weighted by half of it; >= 0; original recipe
+    r1_gamma: float = 15.0
+    # R1_EVERY: steps between R1, not multiplied back; >= 1; original recipe
+    r1_every: int = 8
     # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in the original recipe
     r2_gamma: float = 0.0
-    drift_eps: float = 1e-3 # DRIFT_EPS: weight of the squared real logit; >= 0; original recipe
+    # DRIFT_EPS: weight of the squared real logit; >= 0; original recipe
+    drift_eps: float = 1e-3
     # LAMBDA_STATS: weight of the colour statistics; >= 0; original recipe
     lambda_stats: float = 3e-3
     # LAMBDA_PERCEPTUAL: weight of the encoder MSE; >= 0; original recipe
     lambda_perceptual: float = 0.01
     # LAMBDA_SATURATION: weight of the saturation excess; >= 0; original recipe
     lambda_saturation: float = 0.05
-    saturation_limit: float = 0.6 # mean |pixel| that costs nothing; [0, 1]; original recipe
+    # mean |pixel| that costs nothing; [0, 1]; original recipe
+    saturation_limit: float = 0.6
     # LAMBDA_FEATURE_MATCHING: weight of D's feature MSE; >= 0; original recipe
     lambda_feature_matching: float = 0.1
-    use_mixing_reg: bool = True # USE_MIXING_REG: whether mixing_reg_weight counts; original recipe
+    # USE_MIXING_REG: whether mixing_reg_weight counts; original recipe
+    use_mixing_reg: bool = True
     # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; original recipe
     mixing_reg_weight: float = 0.1
-    mixing_target: float = 0.1 # variance over the batch that costs nothing; >= 0; original recipe
+    # variance over the batch that costs nothing; >= 0; original recipe
+    mixing_target: float = 0.1
     pair_weight: float = 0.0 # weight of the pair term; >= 0; 0.5 in preset modern
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
@@ -481,7 +487,7 @@ def g_weights(
 def weighted_sum(
     terms, # dict name -> unweighted scalar tensor
     weights, # dict name -> float >= 0; names as in terms
-): # (total scalar, log dict of detached `name` and `name_w`)
+): # (total scalar, log dict of detached name and name_w)
     "The weighted sum of the terms: the one place where a weight is applied."
     faults = {
         'terms without a weight': terms.keys() - weights.keys(),

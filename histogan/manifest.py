@@ -387,7 +387,7 @@ def _all_located(df, path, root, test_root) -> list[str]:
 def save_manifest(
     df: pd.DataFrame,  # a manifest
     path: str | Path,  # CSV to write, whole or not at all
-) -> Path:  # `path`; its base is written into PATH with the suffix .base.json
+) -> Path:  # path; its base is written into PATH with the suffix .base.json
     "Write a manifest with paths relative to the folder that all files share."
     whole = [os.path.abspath(p) for p in df.path]
     base = _shared_folder(whole)

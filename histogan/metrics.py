@@ -112,7 +112,7 @@ FEWEST_REPEATS = 10  # patches of a class below which a nearest other one says n
 
 @torch.no_grad()
 def class_gaps(
-    ex: Extractor,  # with `spatial`
+    ex: Extractor,  # with spatial
     x: np.ndarray,  # (N, R, R, 3) uint8, of one class
     batch: int = 64,  # patches per pass
 ) -> torch.Tensor:  # (N,) distance of each to its nearest other one
@@ -220,10 +220,10 @@ class FIDLPIPSEvaluator:
     def __init__(self,
         cache: FeatureCache,  # keeps every feature and distance
         extractors: list[Extractor],  # networks that evaluate
-        lpips: Callable | None = None,  # from `lpips_distance`; None = no LPIPS
+        lpips: Callable | None = None,  # from lpips_distance; None = no LPIPS
         pairs: int = 100,  # of patches per class, for diversity; decided
         seed: int = 0,  # of pairs and subsets
-        classifier: HeldOutClassifier | None = None,  # behind the extractor `cnn`
+        classifier: HeldOutClassifier | None = None,  # behind the extractor cnn
         classes: list[str] = (),  # its names by index
     ):
         self.cache, self.extractors, self.lpips, self.pairs, self.seed = (
@@ -359,7 +359,7 @@ def pairs_within(
 # %% ../nbs/61_metrics.ipynb #3d8003c0
 @patch
 def pair_distances(self: FIDLPIPSEvaluator,
-    lpips: Callable,  # from `lpips_distance`
+    lpips: Callable,  # from lpips_distance
     x: np.ndarray,  # (N, R, R, 3) uint8
     pairs: np.ndarray,  # (P, 2) positions
 ) -> np.ndarray:  # (P,)
@@ -380,7 +380,7 @@ def _apart(self: FIDLPIPSEvaluator, ex, x):
 
 @patch
 def diversity(self: FIDLPIPSEvaluator,
-    ex,  # an Extractor, or the function of `lpips_distance`
+    ex,  # an Extractor, or the function of lpips_distance
     a: Patches,  # evaluated
     classes: list[str],  # a row each, and one for all
 ) -> list[dict]:  # keys of ROW, less set

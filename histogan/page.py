@@ -217,7 +217,7 @@ class Fields:
 # %% ../nbs/08_page.ipynb #40ad6cae
 def field_table(
     cls,  # a dataclass whose source can be read
-) -> Fields:  # shows itself as a table; the facts are in `rows`
+) -> Fields:  # shows itself as a table; the facts are in rows
     "The fields of a dataclass with their comments."
     told = {}
     for base in reversed(cls.__mro__):

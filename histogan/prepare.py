@@ -428,7 +428,7 @@ def _claim(out) -> Path:
 def prepare(
     cfg: PrepareConfig,  # from where, to where, and how
     progress: bool = True,  # say what was found, show a bar on a terminal
-) -> Path:  # the prepared dataset; `InputError` names what is wrong
+) -> Path:  # the prepared dataset; InputError names what is wrong
     "Make a prepared dataset, or go on making it."
     (rank, world), out = my_share(), Path(cfg.out)
     df, base = list_patches(cfg)
@@ -452,7 +452,7 @@ def parse(
     argv: list[str],  # arguments after the program's name
     cls: type = PrepareConfig,  # dataclass that describes the options
     prog: str = 'histogan.prepare',  # module, in the help
-):  # an instance of cls; `InputError` is one line; --help exits 0
+):  # an instance of cls; InputError is one line; --help exits 0
     "The command line as a configuration."
     heard = io.StringIO()
     try:

@@ -66,7 +66,7 @@ class PreparedImages(MappedImages):
 # %% ../nbs/02_prepared.ipynb #1ac0a95f
 def prepared_card(
     root: str | Path,  # folder of a prepared dataset
-) -> dict:  # what prepare.json says; `InputError` says why not
+) -> dict:  # what prepare.json says; InputError says why not
     "The card of a prepared dataset, after a check that its files belong to it."
     path, again = Path(root, PREPARED), 'prepare it again'
     card = read_json(path, 'card of a prepared dataset')
@@ -123,8 +123,8 @@ _KEPT_COLUMNS = (
 )
 
 def load_prepared(
-    root: str | Path,  # folder that `histogan.prepare` made
-) -> PreparedDataset:  # `InputError` when it is not whole
+    root: str | Path,  # folder that histogan.prepare made
+) -> PreparedDataset:  # InputError when it is not whole
     "Open a prepared dataset and check that it is the one that was written."
     card, df = prepared_card(root), read_all(root)
     df = df[df.kept == 1].reset_index(drop=True)

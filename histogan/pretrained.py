@@ -39,7 +39,7 @@ class TimmNet(nn.Module):
     "A timm model as `encode(x, vector=True) -> (vector, maps)`."
     def __init__(self,
         model, # without its classifier
-        card, # what `build` needs to make it again
+        card, # what build needs to make it again
         count=3, # maps wanted
     ):
         super().__init__()
@@ -195,7 +195,9 @@ def _from_timm_config(cfg, state, where):
 # %% ../nbs/23_pretrained.ipynb #86a3a75b
 def _flat(state):
     "DINOv2's own names of the gated MLP as timm's, enough to read the geometry."
-    def named(k): return k.replace('.mlp.w12.', '.mlp.fc1.').replace('.mlp.w3.', '.mlp.fc2.')
+    def named(k):
+        return k.replace('.mlp.w12.', '.mlp.fc1.').replace('.mlp.w3.', '.mlp.fc2.')
+
     out = {named(k): v for k, v in state.items()}
     if 'register_tokens' in out:  # the class token's position will be fused into it
         out['reg_token'] = out.pop('register_tokens')
@@ -206,12 +208,16 @@ def _from_transformers_config(cfg, state, where):
     "(arch, args, facts) of a DINOv2 folder in transformers' format."
     kind = str(cfg.get('model_type'))
     if 'dinov2' not in kind and 'hibou' not in kind:
-        raise InputError(f'{where}: a {kind} is not read; only DINOv2 and timm folders are')
+        raise InputError(
+            f'{where}: a {kind} is not read; only DINOv2 and timm folders are'
+        )
     heads = int(cfg['num_attention_heads'])
     args = vit_args(_flat(state)) | dict(num_heads=heads, global_pool='token')
     path = where.with_name('preprocessor_config.json')
     pre = read_json(path) if path.is_file() else {}
-    facts = dict(size=args['img_size'], mean=pre.get('image_mean'), std=pre.get('image_std'))
+    facts = dict(
+        size=args['img_size'], mean=pre.get('image_mean'), std=pre.get('image_std')
+    )
     return 'VisionTransformer', args, facts
 
 # %% ../nbs/23_pretrained.ipynb #255210b2
@@ -238,7 +244,7 @@ NORMS = {
     'unit': ((0.,) * 3, (1.,) * 3)}
 
 def read_norm(
-    text: str, # a word of `NORMS`, or M,M,M/S,S,S
+    text: str, # a word of NORMS, or M,M,M/S,S,S
 ) -> tuple: # mean, std of [0, 1] images
     "What stands behind @norm=."
     if text in NORMS: return NORMS[text]
@@ -312,7 +318,7 @@ def load_folder(
     folder: str | Path, # with config.json and weights
     size: int | None = None, # side to resize to; px; None: the maker's
     maps: int = 3, # feature maps taken
-    norm: str = '', # instead of the folder's; see `read_norm`
+    norm: str = '', # instead of the folder's; see read_norm
 ) -> Encoder:
     "A network as a folder describes it."
     where, weights = Path(folder) / 'config.json', weights_in(folder)
@@ -344,8 +350,8 @@ def load_timm(
     path: str | Path, # its weights: .safetensors, or .pth from torch.save
     size: int | None = None, # side to resize to; px; None = as is
     maps: int = 3, # feature maps taken
-    norm: str = '', # see `read_norm`; 'timm' = as timm's NAME says
-    as_is: int | None = None, # side of a convolutional network without `size`; px
+    norm: str = '', # see read_norm; 'timm' = as timm's NAME says
+    as_is: int | None = None, # side of a convolutional network without size; px
 ) -> Encoder:
     "A timm network with the user's weights, strictly."
     import timm

@@ -95,7 +95,7 @@ def _shares(n):  # (N, 256) counts -> white, saturated, tissue: (N,) each
     return white / whole, saturated / whole, tissue / whole
 
 # %% ../nbs/05_quality.ipynb #8bef4141
-_NCT = dict(  # the original recipe's, for 224 px, in the order of `Thresholds`
+_NCT = dict(  # the original recipe's, for 224 px, in the order of Thresholds
     ADI=(250.79, 4.066, .1458, .0081, 8548.6, .8512, .9120),
     BACK=(14.71, 1.111, .1821, .0185, 323.2, 3.9451, .8223),
     DEB=(389.88, 6.014, .2159, .0313, 9584.2, .0664, .8182),
@@ -302,7 +302,7 @@ def as_thresholds(
     spec: dict,  # class -> Thresholds, or a dict of its fields
     classes=(),  # class names that must be there
     where: str = 'thresholds',  # names the source in complaints, e.g. the file
-) -> dict:  # class -> `Thresholds`
+) -> dict:  # class -> Thresholds
     "Check a table of thresholds; `rule`, when absent, is the original recipe's."
     if not isinstance(spec, dict) or not spec:
         raise InputError(f'{where}: wants an object with one entry per class')
@@ -327,7 +327,7 @@ def _no_constant(name):
 def load_thresholds(
     path: str | Path,  # JSON file: class -> the fields of Thresholds
     classes=(),  # class names that must be there
-) -> dict:  # class -> `Thresholds`
+) -> dict:  # class -> Thresholds
     "Thresholds of a file, or an `InputError` that names the file, class and key."
     strict = dict(object_pairs_hook=_once, parse_constant=_no_constant)
     try: spec = json.loads(Path(path).read_text(encoding='utf-8'), **strict)
@@ -417,7 +417,7 @@ class QualityFilter:
 # %% ../nbs/05_quality.ipynb #233e34b6
 def measure(
     df: pd.DataFrame,  # manifest with a column path
-) -> pd.DataFrame:  # the manifest and the columns of `QualityMetrics`
+) -> pd.DataFrame:  # the manifest and the columns of QualityMetrics
     "The eight metrics of every file of a manifest."
     def _of(path):
         try: return quality_metrics(read_rgb(path))
@@ -441,7 +441,7 @@ def calibrate(
     labels=None,  # (N,) class names; default: the column label
     quantile: float = .05,  # share that each limit alone rejects; [0, .5); decided
     rules: dict = RULES,  # class -> rule; every other class: limits
-) -> dict:  # class -> `Thresholds`
+) -> dict:  # class -> Thresholds
     "Thresholds at a quantile of each class's own metrics."
     if not 0 <= quantile < .5:
         raise InputError(f'quantile: must lie in [0, 0.5), got {quantile}')

@@ -94,7 +94,7 @@ def pose_distances(
 TAIL = .05  # share of reals that count as repeating each other; decided
 
 def repeats(
-    fake: torch.Tensor,  # (N, N) from `pose_distances`
+    fake: torch.Tensor,  # (N, N) from pose_distances
     *reals: torch.Tensor,  # (N, N) each: sets of equally many reals
 ) -> float:  # in [0, 1]; reals 0.05; nan when a distance is not finite
     "Share of samples whose nearest other one is nearer than most reals' is."
@@ -144,11 +144,11 @@ class Embedded(NamedTuple):
     y: torch.Tensor  # (N,) int64
     logits: torch.Tensor  # (N, C)
     features: torch.Tensor  # (N, d)
-    gaps: list  # per class: `pose_distances`
+    gaps: list  # per class: pose_distances
 
 @torch.no_grad()
 def embed(
-    classifier,  # x -> (logits, features); `spatial`, or layouts stand in for it
+    classifier,  # x -> (logits, features); spatial, or layouts stand in for it
     x,  # (N, 3, R, R) in [-1, 1]
     y,  # (N,) int64
 ) -> Embedded:
@@ -181,8 +181,8 @@ def _part(s, each, k=0):
 # %% ../nbs/42_selection.ipynb #1f094556
 @torch.no_grad()
 def quality(
-    classifier,  # as for `embed`; shares nothing with training
-    fake,  # (x, y), or `Embedded`
+    classifier,  # as for embed; shares nothing with training
+    fake,  # (x, y), or Embedded
     reals,  # two of the same: reals that the classifier has not seen
 ) -> Quality:
     "Ask the classifier, and look at the pixels."
@@ -301,7 +301,7 @@ class SelectionState:
 @dataclass(frozen=True)
 class SelectionVerdict(Verdict):
     "A verdict that carries the score."
-    score: float = math.nan  # as `score`; lower is better
+    score: float = math.nan  # as score; lower is better
 
 # %% ../nbs/42_selection.ipynb #c2e3837a
 def selection_update(
@@ -345,7 +345,7 @@ class Chooser:
         # selection; fd = to reals, in random features; none = newest
         metric: str = 'none',
         cfg: SelectionConfig = SelectionConfig(),  # thresholds
-        classifier=None,  # a `HeldOutClassifier`, for selection
+        classifier=None,  # a HeldOutClassifier, for selection
         reals=None,  # (x, y) or a stream of it in parts, for fd
         n: int = 500,  # samples for one question, at least
     ):
@@ -428,7 +428,7 @@ def state_dict(self: Chooser) -> dict:  # JSON-able
 
 @patch
 def load_state_dict(self: Chooser,
-    saved: dict,  # of `state_dict`; older files hold best and best_step alone
+    saved: dict,  # of state_dict; older files hold best and best_step alone
 ) -> Chooser:  # itself; InputError when another classifier chose
     "Go on choosing."
     mine = self.state_dict()
@@ -445,7 +445,7 @@ def load_state_dict(self: Chooser,
 
 # %% ../nbs/42_selection.ipynb #04de3463
 def open_chooser(
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     cfg: SelectionConfig = SelectionConfig(),  # thresholds
     metric: str = 'selection',  # what is asked for: selection, fd or none
     n: int = 500,  # samples for one question, at least

@@ -223,7 +223,7 @@ def random_encoder(
 
 # %% ../nbs/22_small_cnn.ipynb #e59e89eb
 def save_encoder(
-    encoder: Encoder, # around a `SmallCNN`
+    encoder: Encoder, # around a SmallCNN
     path: str | Path, # file to write; .safetensors
 ) -> Path:
     "Write a small encoder, whole or not at all."
@@ -240,7 +240,7 @@ def save_encoder(
 
 # %% ../nbs/22_small_cnn.ipynb #4ae6b536
 def load_cnn(
-    path: str | Path, # what `save_encoder` wrote
+    path: str | Path, # what save_encoder wrote
     num_classes: int | None = None, # of the data; None = any
 ) -> Encoder:
     "Read a small encoder."
@@ -271,7 +271,7 @@ def _card_of(path):
 
 # %% ../nbs/22_small_cnn.ipynb #800c2343
 def training_patches(
-    data, # (images uint8, labels), or what `open_data` gave
+    data, # (images uint8, labels), or what open_data gave
     limit=2 ** 29, # of the images taken; bytes
 ): # (n, R, R, 3) uint8, (n,)
     "Training patches, a fixed random share of them when they are too many."
@@ -298,7 +298,7 @@ def content_key(
 
 # %% ../nbs/22_small_cnn.ipynb #bc60a162
 def own_cnn(
-    data, # (images uint8, labels), or what `open_data` gave
+    data, # (images uint8, labels), or what open_data gave
     num_classes: int, # of the data
     # where trained encoders are kept; None = nowhere
     cache_dir: str | Path | None = None,

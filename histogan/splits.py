@@ -96,7 +96,7 @@ def _with_facts(df, rows) -> pd.DataFrame:
 def linked_groups(
     df: pd.DataFrame,  # with sha256, and perhaps group ('' or NaN: none)
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
-    threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
+    threshold: float = .95,  # of near_duplicates; 1: exact copies only
     near: pd.DataFrame | None = None,  # what it found, if that was done already
 ) -> np.ndarray:  # (N,) int: the unit of each patch
     "Number the sets of patches that must stay in one split."
@@ -123,7 +123,7 @@ def _first(values) -> np.ndarray:
 def find_copies(
     df: pd.DataFrame,  # with sha256, empty where a file could not be read
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
-    threshold: float = .95,  # of `near_duplicates`; 1: exact copies only
+    threshold: float = .95,  # of near_duplicates; 1: exact copies only
 ) -> pd.DataFrame:  # i < j, kind exact or near, orientation, correlation
     "Exact copies, each with its first one, and near copies among the first ones."
     good = np.flatnonzero(df.sha256 != '')
@@ -244,9 +244,9 @@ def split(
     val_frac: float = .15,  # share set aside before training; decided
     test_frac: float = .15,  # share for the final test; decided
     seed: int = 0,  # of the order in which units are placed; decided
-    near_duplicate: float = .95,  # of `linked_groups`; measured, 01_images
-    seen: Inspected | None = None,  # `inspect(df)`, if it was done already
-    near: pd.DataFrame | None = None,  # `near_duplicates`, likewise
+    near_duplicate: float = .95,  # of linked_groups; measured, 01_images
+    seen: Inspected | None = None,  # inspect(df), if it was done already
+    near: pd.DataFrame | None = None,  # near_duplicates, likewise
 ) -> pd.DataFrame:  # with sha256, unit, and split: train, val or test
     "Split without leaks: copies, near duplicates and groups stay together."
     seen = seen or inspect(df)

@@ -102,7 +102,7 @@ def _look(table, t):  # t in [0, 1]; outside is clipped
     "The nearest entry of a table over `_GRID`."
     return table.take((t * (1 << 14) + .5).astype(np.int32), mode='clip')
 
-def _mix(matrix, x):  # (k, m), (m, n) -> (k, n) of the dtype of `x`
+def _mix(matrix, x):  # (k, m), (m, n) -> (k, n) of the dtype of x
     "`matrix @ x` with one order of summation on every processor."
     return np.stack(
         [sum(w * row for w, row in zip(ws, x)) for ws in np.asarray(matrix, x.dtype)]
@@ -193,7 +193,7 @@ def amounts(
     od: np.ndarray,  # (3, n) optical density
     matrix: np.ndarray,  # (2, 3) stain matrix, rows of unit length
     penalty: float = .01,  # lambda: density; >= 0; staintools
-) -> np.ndarray:  # (2, n) >= 0, of the dtype of `od`
+) -> np.ndarray:  # (2, n) >= 0, of the dtype of od
     "The non-negative lasso with two unknowns, in closed form."
     matrix = matrix.astype(od.dtype)
     b = _mix(matrix, od) - od.dtype.type(penalty)  # (2, n)
@@ -388,7 +388,7 @@ def _spams_fault() -> str:  # empty when it works
 class StainNormalizer:
     "Bring patches into the colours of one target patch."
     def __init__(self,
-        method: str = 'vahadane',  # one of `METHODS`; seed
+        method: str = 'vahadane',  # one of METHODS; seed
         cfg: StainConfig = StainConfig(),  # its constants
     ):
         self.method, self.cfg, self.target = _method(method), cfg, None
@@ -443,7 +443,7 @@ def transform(self: StainNormalizer,
     x: np.ndarray,  # (H, W, 3) or (N, H, W, 3) uint8
     report: bool = False,  # also say what became of each patch
     together: bool = False,  # x is one slide: one estimate for all of it
-) -> np.ndarray | tuple[np.ndarray, StainReport]:  # of the shape of `x`
+) -> np.ndarray | tuple[np.ndarray, StainReport]:  # of the shape of x
     "Patches in the colours of the target; what cannot be measured passes through."
     x = _images(x)
     if self.enabled and self.target is None:
@@ -473,7 +473,7 @@ def state_dict(self: StainNormalizer) -> dict:  # of strings and lists
 
 @patch
 def load_state_dict(self: StainNormalizer,
-    state: dict,  # from `state_dict`
+    state: dict,  # from state_dict
 ):
     "Go on with that target."
     if state['method'] != self.method:
@@ -517,7 +517,7 @@ def stain_matrix(
 # %% ../nbs/06_stain.ipynb #df18e75d
 def pick_target(
     images,  # sequence of (H, W, 3) uint8, a few dozen
-    method: str = 'vahadane',  # one of `METHODS`
+    method: str = 'vahadane',  # one of METHODS
     cfg: StainConfig = StainConfig(),  # its constants
 ) -> int:  # position of the most ordinary patch
     "The patch whose colours are nearest to the medians of a sample."

@@ -91,8 +91,8 @@ def state_dict(
 # %% ../nbs/52_step.ipynb #d94c34ad
 def load_state_dict(
     s: TrainState,  # built from the same configuration
-    saved: dict,  # what `state_dict` gave
-) -> TrainState:  # `s`; InputError names the part that does not fit
+    saved: dict,  # what state_dict gave
+) -> TrainState:  # s; InputError names the part that does not fit
     "Continue where `saved` was."
     if (found := saved.get('classes')) != s.classes:
         raise InputError(
@@ -131,8 +131,8 @@ def _old_choice(saved):
 # %% ../nbs/52_step.ipynb #3fdc1f79
 def in_force(
     s: TrainState,  # just loaded
-    saved: dict,  # the checkpoint; its `config` is what held so far
-) -> TrainState:  # `s`
+    saved: dict,  # the checkpoint; its config is what held so far
+) -> TrainState:  # s
     "Constants that were changed take effect on what the checkpoint holds."
     was = lambda part, name, now: saved.get('config', {}).get(part, {}).get(name, now)
     for opt in (s.opt_G, s.opt_D):
@@ -151,7 +151,7 @@ def in_force(
 def build(
     cfg: Config,  # as parsed
     classes: list[str],  # names by index
-    encoder=None,  # from `load_encoder`
+    encoder=None,  # from load_encoder
     total: int = 1,  # D steps of the whole run
 ) -> TrainState:  # at step 0
     "Networks and optimisers, initialised from the seed."
@@ -217,7 +217,7 @@ class EncodedBatch(NamedTuple):
     "A batch, looked at once."
     x: torch.Tensor  # (N, 3, R, R) in [-1, 1]
     aug: torch.Tensor  # the same after ADA
-    encoded: tuple | None  # encoder's vector, if wanted, and maps of `aug`
+    encoded: tuple | None  # encoder's vector, if wanted, and maps of aug
 
     def detach(self):
         "The same without graphs."
@@ -248,7 +248,7 @@ def encode_batch(
     s: TrainState,  # read only
     x: torch.Tensor,  # (N, 3, R, R) in [-1, 1]
     encode: bool,  # the encoder's answer is needed
-    known: torch.Tensor | None = None,  # (N, d) its vectors of `x`, if cached
+    known: torch.Tensor | None = None,  # (N, d) its vectors of x, if cached
 ) -> EncodedBatch:
     "Augment and encode, once."
     a, aug = s.cfg.ada, x
@@ -451,7 +451,7 @@ def g_terms(
 # %% ../nbs/52_step.ipynb #d6a239b2
 def weights_of_g(
     s: TrainState,  # read only
-) -> dict:  # name -> weight; `weighted_sum` applies each once
+) -> dict:  # name -> weight; weighted_sum applies each once
     "The configured weights, with what the guard and the parts in play make of them."
     return g_weights(s.cfg.loss) | dict(
         perceptual=s.sat.lambda_perceptual if s.encoder is not None else 0.0,

@@ -40,7 +40,7 @@ from .step import train_step
 # %% ../nbs/54_train.ipynb #09efefc4
 def open_choice(
     s: TrainState,  # its chooser is set, in the first process
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     folder: Path,  # of the run
 ):
     "Who chooses the best model; its classifier is part of the run."
@@ -72,7 +72,7 @@ def _with_classifier(cfg, key, file):
 def save(
     s: TrainState,  # the best so far may change
     folder: Path,  # of the run
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     log: RunLog,  # flushed
     choose: bool = True,  # ask whether this is the best model so far
 ) -> Path:  # the checkpoint
@@ -104,7 +104,7 @@ def keep_best(
 
 def facts_of(
     s: TrainState,  # read only
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ) -> dict:  # for the card of a generator
     "Where a generator comes from; mpp is µm per pixel, None where unknown."
     mpp = getattr(data, 'mpp', math.nan)
@@ -154,7 +154,7 @@ NOT_PREPARED = (
 
 # %% ../nbs/54_train.ipynb #675d2f97
 def open_encoder(
-    cfg: Config, data, folder: Path  # as parsed  # what `open_data` gave  # of the run
+    cfg: Config, data, folder: Path  # as parsed  # what open_data gave  # of the run
 ) -> (
     tuple
 ):  # the encoder or None, on the run's device; the configuration with its hashes
@@ -193,7 +193,7 @@ def cache_fault(
 # %% ../nbs/54_train.ipynb #27039e11
 def cached_features(
     s: TrainState,  # built
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     folder: Path,  # of the run
 ):  # (N, d) by id, or None with a warning
     "The cached features of the reals for `--encoder-cache`."
@@ -260,7 +260,7 @@ def _drawn_before(cfg, table):
 # %% ../nbs/54_train.ipynb #980e96c2
 def total_steps(
     cfg: Config,  # as parsed
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ) -> int:  # D steps of the whole run
     "Steps asked for, or epochs of the balanced sampler."
     per_epoch = max(len(data.sampler) * world() // cfg.data.batch_size, 1)
@@ -282,7 +282,7 @@ RUN_FOLDERS = ('samples', 'checkpoints', 'artifacts', 'metrics')
 def start_folder(
     s: TrainState,  # at step 0
     folder: Path,  # claimed
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ):
     "What a run writes before its first step."
     save_manifest(data.manifest, folder / 'artifacts' / 'manifest.csv')
@@ -401,7 +401,7 @@ def claimable(
 
 # %% ../nbs/54_train.ipynb #f2ab4cc5
 def batches(
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ):  # yields (x uint8, y, epoch, ids) for ever
     "Balanced batches from where the sampler stands."
     while True:
@@ -430,10 +430,10 @@ def train(
 # %% ../nbs/54_train.ipynb #6404e2ac
 def loop(
     s: TrainState,  # at its first step
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     folder: Path,  # of the run
     log: RunLog | None,  # None where another process writes
-    hook=None,  # as for `train`
+    hook=None,  # as for train
 ):
     "The loop itself."
     steps, r = batches(data), s.cfg.run
@@ -461,7 +461,7 @@ def loop(
 def open_log(
     s: TrainState,  # at its first step
     folder: Path,  # of the run
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ):  # RunLog in the first process, which writes; None in the others
     "Cut the log off behind the checkpoint, and say what begins."
     opened = []
@@ -490,9 +490,9 @@ def stop_by_guard(
 def finish(
     s: TrainState,  # at its last step
     folder: Path,  # of the run
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     log: RunLog,  # knows what evaluation took
-) -> TrainState:  # `s`
+) -> TrainState:  # s
     "Export the EMA generator, draw the curves, say where everything is."
     export_generator(
         folder / 'artifacts' / 'generator', s.G_ema, s.classes, **facts_of(s, data)
