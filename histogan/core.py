@@ -572,7 +572,7 @@ OLD_NAMES = {
               'descend': 'step.optimizer_step', 'kept_features': 'train.cached_features',
               'open_judge': 'train.open_choice', '*': ('core', 'config', 'step', 'log')},
     'prepare': {'look': 'prepare.process_file', '*': ('core', 'audit')},
-    'downstream': {'*': ('core',)},
+    'downstream': {'*': ('core',)}, 'phantom': {'*': ('drawing',)}, 'eval': {'*': ('reals',)},
     'report': {'read_csv': 'core.read_table', '*': ('core',)},
 }
 

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from PIL import Image
 from scipy.ndimage import correlate1d
-from .core import InputError, read_json, write_json
+from .core import moved, InputError, read_json, write_json
 from .data import CLASSES
 from .drawing import rng_for, _exp, FIELD, grid, _turn32, noise, bend, streaks
 from .drawing import sample, direction, tangent, cells, scatter, ring, splat
@@ -466,3 +466,6 @@ def _beside(root):
     except OSError as error:
         fault = f'cannot write {root}: {error.strerror}; name another folder'
         raise InputError(fault) from None
+
+# %% ../nbs/04_phantom.ipynb #1f2fce12
+__getattr__ = moved('phantom')  # old names
