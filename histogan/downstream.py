@@ -55,7 +55,7 @@ LIMIT = 2 ** 31  # bytes of one split kept in memory: 10,922 patches of 256 px
 
 # %% ../nbs/65_downstream.ipynb #102697da
 def indexed(
-    p,  # Patches of `eval`, with class names
+    p,  # Patches of eval, with class names
     classes: list,  # names by index
 ) -> Examples:
     "The same with class indices."
@@ -63,7 +63,7 @@ def indexed(
 
 # %% ../nbs/65_downstream.ipynb #c0ab3f44
 def load_split(
-    data,  # what `open_data` gave
+    data,  # what open_data gave
     name: str,  # train, val or test
     limit: int = LIMIT,  # bytes; when there is more, so many of each class
 ) -> tuple:  # Examples; (n,) group of each
@@ -77,13 +77,13 @@ def load_split(
     return indexed(p, data.classes), groups
 
 # %% ../nbs/65_downstream.ipynb #held-out
-FRESH = 200  # phantom patches of each class for a test; as in `eval`
+FRESH = 200  # phantom patches of each class for a test; as in eval
 
 # %% ../nbs/65_downstream.ipynb #c38e70dd
 def held_out(
     run: Path,  # its folder
     cfg: Config,  # of the run
-    data,  # what `open_data` gave
+    data,  # what open_data gave
 ) -> tuple:  # val and test as Examples; a dict of what they are
     "Reals for the temperature and reals for the test."
     (val, groups), (test, _) = load_split(data, 'val'), load_split(data, 'test')
@@ -256,7 +256,7 @@ def _read_kept(file, shapes):
 # %% ../nbs/65_downstream.ipynb #rows
 def rows_of(
     job: Job,  # done
-    logits: dict,  # from `run_job`
+    logits: dict,  # from run_job
     s: Sources,  # of the run
 ) -> tuple:  # (metric rows, recall rows, confusion rows)
     "All figures of one training."
@@ -285,7 +285,7 @@ _NAMED = dict(real='real', synthetic='synthetic', both='real + synthetic')
 
 # %% ../nbs/65_downstream.ipynb #33fd7c21
 def summarise(
-    table: pd.DataFrame,  # `downstream.csv`
+    table: pd.DataFrame,  # downstream.csv
 ) -> pd.DataFrame:  # KEY, metric, mean, std, seeds, n_test; in the table's order
     "Mean and standard deviation over the seeds."
     g = table.groupby([*KEY, 'metric'], sort=False)
@@ -294,7 +294,7 @@ def summarise(
 
 # %% ../nbs/65_downstream.ipynb #0baaf329
 def wide(
-    summary: pd.DataFrame,  # from `summarise`
+    summary: pd.DataFrame,  # from summarise
     tested_on: str = 'real',  # or synthetic
 ) -> pd.DataFrame:  # model, regime, reals and a column per metric, as text
     "The table people read: mean ± standard deviation."
@@ -308,8 +308,8 @@ def wide(
 
 # %% ../nbs/65_downstream.ipynb #sentences
 def findings(
-    summary: pd.DataFrame,  # from `summarise`
-    table: pd.DataFrame,  # `downstream.csv`
+    summary: pd.DataFrame,  # from summarise
+    table: pd.DataFrame,  # downstream.csv
     model: str,  # the CNN
     seen: float = 0,  # reals of a class that trained the generator; 0 = unknown
 ) -> list[str]:  # sentences
@@ -353,7 +353,7 @@ def _few_sentence(s, model, least, seen):
 
 # %% ../nbs/65_downstream.ipynb #plot-few
 def plot_few(
-    summary: pd.DataFrame,  # from `summarise`
+    summary: pd.DataFrame,  # from summarise
     model: str,  # the CNN
     per_class: float,  # reals per class that 'all' stands for
 ):  # figure
@@ -410,7 +410,7 @@ class _Progress:
 def downstream(
     run,  # folder of a run
     cfg: DownstreamConfig = DownstreamConfig(),  # how
-) -> pd.DataFrame:  # what `downstream.csv` holds
+) -> pd.DataFrame:  # what downstream.csv holds
     "Train, test, and write every table and figure of a run."
     run = Path(run)
     cfg, device = cfg.resolved(load_config(run).data.image_size), pick(cfg.device)
@@ -453,7 +453,7 @@ def write_tables(
     s: Sources,  # of the run
     cfg: DownstreamConfig,  # resolved
     done: list,  # of (Job, logits)
-) -> pd.DataFrame:  # what `downstream.csv` holds
+) -> pd.DataFrame:  # what downstream.csv holds
     "Every file of the comparison."
     extra = dict(synth_per_class=cfg.per_class, steps=cfg.steps,
                  batch_size=cfg.batch_size, image_size=s.size)

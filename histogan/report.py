@@ -392,8 +392,10 @@ def _data(r):
     n = r.manifest.unit.nunique() if 'unit' in r.manifest else 0
     groups = f'; {n} groups in all' if n else ''
     known = '; '.join(f'{n}: {CLASSES[n]}' for n in c['class'] if n in CLASSES)
-    lead = (f'Source: {source_words(r.cfg)}. {len(r.manifest)} patches of {len(c)} '
-            f'classes{scale_words(r)}; what belongs together (a group) is in one split.')
+    lead = (
+        f'Source: {source_words(r.cfg)}. {len(r.manifest)} patches of {len(c)} '
+        f'classes{scale_words(r)}; what belongs together (a group) is in one split.'
+    )
     return section('Data', text(lead), text(known + '.') if known else '',
                    table(c, f'Patches by class and split: {total}{groups}.',
                          index=False), _audit(r))
