@@ -278,7 +278,6 @@ def total_steps(
 
 # %% ../nbs/54_train.ipynb #2e3b50d8
 RUN_FOLDERS = ('samples', 'checkpoints', 'artifacts', 'metrics')
-
 def start_folder(
     s: TrainState,  # at step 0
     folder: Path,  # claimed
@@ -467,6 +466,7 @@ def open_log(
     opened = []
     def begin():
         for part in ('.', *RUN_FOLDERS): clear_torn(folder / part)  # of a killed process
+        prune(folder, s.cfg.run.keep, s.cfg.run.keep_every * s.cfg.run.save_every)
         opened.append(RunLog(folder, s.step, s.cfg.run.tensorboard))
         note_changes(s, folder, opened[0])
         print(opening_line(s, len(data.dataset('train')), folder), flush=True)

@@ -26,7 +26,7 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(weights(a), weights
 def test_a_cached_classifier_is_read_and_not_trained(tmp_path, monkeypatch):
     images, labels = patches(12)
     first = fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False)
-    assert len(list((tmp_path/'classifier').iterdir())) == 1
+    assert len(list((tmp_path/'classifier').glob('*.safetensors'))) == 1
     def never(*a, **kw): raise AssertionError('was trained again')
     monkeypatch.setattr('histogan.encoder.train_cnn', never)
     again = fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False)
@@ -39,11 +39,11 @@ def test_a_cached_classifier_is_read_and_not_trained(tmp_path, monkeypatch):
 def test_a_damaged_cache_is_replaced(tmp_path, damage):
     images, labels = patches(12)
     first = fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False)
-    file, = (tmp_path/'classifier').iterdir()
+    file, = (tmp_path/'classifier').glob('*.safetensors')
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     assert same(first, fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False))
-    assert file.read_bytes() == whole and list((tmp_path/'classifier').iterdir()) == [file]
+    assert file.read_bytes() == whole and list((tmp_path/'classifier').glob('*.safetensors')) == [file]
 
 @pytest.mark.parametrize('seed', range(20))
 def test_groups_are_never_torn_and_halves_are_near_even(seed):
