@@ -26,7 +26,7 @@ setup(
         'Development Status :: 3 - Alpha',
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
-        *(f'Programming Language :: Python :: 3.{v}' for v in range(minor, 14)),
+        *(f'Programming Language :: Python :: 3.{v}' for v in range(minor, 15)),
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),

@@ -112,6 +112,8 @@ class EvalArgs:
     device: str = 'auto'  # auto = cuda when there is one, else cpu
 
     def __post_init__(self):
+        one = self.extractors
+        if isinstance(one, str): object.__setattr__(self, 'extractors', (one,))
         lowest = dict(per_class=LEAST, max_real=0, pairs=1, seed=0, batch=1, size=0)
         for name, low in lowest.items():
             if (v := getattr(self, name)) < low:

@@ -28,7 +28,7 @@ def test_a_cached_classifier_is_read_and_not_trained(tmp_path, monkeypatch):
     first = fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False)
     assert len(list((tmp_path/'classifier').glob('*.safetensors'))) == 1
     def never(*a, **kw): raise AssertionError('was trained again')
-    monkeypatch.setattr('histogan.encoder.train_cnn', never)
+    monkeypatch.setattr('histogan.small_cnn.train_cnn', never)
     again = fit_held_out(images, labels, 3, cache_dir=tmp_path, cfg=QUICK, progress=False)
     assert same(first, again) and first.accuracy == again.accuracy
     for change in (dict(images=255 - images), dict(groups=np.arange(36) // 4), dict(cfg=CNNConfig(widths=(8, 8), steps=6, seed=99))):
@@ -93,7 +93,7 @@ def test_a_run_keeps_its_classifier_in_a_file(tmp_path, monkeypatch):
     images, labels = patches(12)
     file = tmp_path/'run'/'artifacts'/'classifier.safetensors'
     first = fit_held_out(images, labels, 3, cfg=QUICK, progress=False, file=file)
-    monkeypatch.setattr('histogan.encoder.train_cnn', lambda *a, **kw: pytest.fail('was trained again'))
+    monkeypatch.setattr('histogan.small_cnn.train_cnn', lambda *a, **kw: pytest.fail('was trained again'))
     again = fit_held_out(images, labels, 3, cfg=CNNConfig(widths=(8, 8), steps=9, seed=1), progress=False, file=file)  # other options: the file decides
     assert same(first, again) and first.key == again.key and len(first.key) == 16
     with pytest.raises(InputError, match='trained on 3 classes'): fit_held_out(*patches(12, 4), 4, cfg=QUICK, progress=False, file=file)

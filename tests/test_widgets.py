@@ -54,6 +54,14 @@ def wait_for(driver, script, seconds=180):
         time.sleep(.5)
     raise AssertionError(f'never true within {seconds} s: {script}')
 
+def press(driver, key):
+    "A key on the first slider, which the page may just be drawing anew."
+    from selenium.common.exceptions import StaleElementReferenceException
+    for _ in range(20):
+        driver.execute_script(f'{HANDLE}.focus()')
+        with contextlib.suppress(StaleElementReferenceException): return driver.switch_to.active_element.send_keys(key)
+        time.sleep(.1)
+
 def page_with(*names):
     "The notebook 70_explore up to the first slider that draws with one of these functions, without its tests."
     nb, cells = json.loads((ROOT/'nbs'/'70_explore.ipynb').read_text(encoding='utf-8')), []
@@ -81,7 +89,7 @@ def test_a_slider_moves_and_the_picture_changes(tmp_path):
         wait_for(driver, f'{HANDLE} !== null')
         before = wait_for(driver, f'{PICTURE} && {PICTURE}.src')
         driver.execute_script(f'{HANDLE}.scrollIntoView({{block: "center"}}); {HANDLE}.focus()')
-        for _ in range(8): driver.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+        for _ in range(8): press(driver, Keys.ARROW_LEFT)
         after = wait_for(driver, f'{PICTURE} && {PICTURE}.src !== {json.dumps(before)} && {PICTURE}.src')
         driver.save_screenshot(str(tmp_path/'page.png'))
     assert after.startswith('data:image/png;base64,') and after != before

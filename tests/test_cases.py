@@ -1,0 +1,51 @@
+"""Folders and tables of other people from training to report: labels that are words of the program, paths, numbers, or few patches.
+
+Each case is trained for two steps, then evaluated, generated from and reported, on patches drawn here."""
+import csv, json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import run_cli
+from histogan.phantom import render
+
+CASES = {
+    'reserved words': (['all', 'hem'], 16),
+    'paths': (['ER+/PR-', '..', 'tumour / invasive'], 16),
+    'numbers': (['0', '1', '001'], 16),
+    'missing values': (['NA', 'None', 'null'], 16),
+    'seven of each': (['a', 'b'], 7),
+}
+
+def table(folder, labels, n):
+    "A CSV of n patches of each label; a quarter is held out for the test."
+    rows = []
+    for k, label in enumerate(labels):
+        (folder/f'c{k}').mkdir(parents=True)
+        for i in range(n):
+            path = folder/f'c{k}'/f'{i:03}.png'
+            Image.fromarray(render(('TUM', 'STR', 'LYM')[k], i, 32)).save(path)
+            rows.append([f'c{k}/{path.name}', label, 'test' if i % 4 == 0 else 'val' if i % 4 == 1 else 'train', f'patient{i // 2}'])
+    with open(folder/'m.csv', 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([['path', 'label', 'split', 'group'], *rows])
+    return folder/'m.csv'
+
+@pytest.mark.parametrize('case', CASES)
+def test_from_training_to_report(tmp_path, case):
+    labels, n = CASES[case]
+    small = ['--preset', 'smoke', '--data.image-size', '32', '--data.batch-size', '4', '--run.steps', '2', '--run.n-eval', '18']
+    run = run_cli(['histogan.train', *small, '--data.manifest', table(tmp_path/'data', labels, n), '--out', 'run'], cwd=tmp_path)
+    assert run.rc == 0, run.err
+    inside = {p.name for p in tmp_path.iterdir()} | {'synth'}
+    for args in (['histogan.eval', 'run', '--extractors', 'random:0', '--per-class', '6'],
+                 ['histogan.generate', 'run', '--per-class', '2', '--out', 'synth'],
+                 ['histogan.report', 'run']):
+        done = run_cli(args, cwd=tmp_path)
+        assert done.rc in (0, 2) and 'Traceback' not in done.err, f'{args}: {done.err}'
+        if done.rc == 2: assert done.err.strip().splitlines()[-1].startswith('error: ') and case == 'seven of each'
+    assert {p.name for p in tmp_path.iterdir()} <= inside  # nothing beside what was asked for
+    with open(tmp_path/'synth'/'patches.csv', newline='', encoding='utf-8') as f: drawn = list(csv.DictReader(f))
+    assert sorted({r['label'] for r in drawn}) == sorted(labels) and len(drawn) == 2 * len(labels)
+    assert all((tmp_path/'synth'/r['path']).resolve().is_relative_to(tmp_path/'synth') for r in drawn)
+    report = (tmp_path/'run'/'MODEL_CARD.md').read_text(encoding='utf-8')
+    assert all(label in report for label in labels) and 'procedural' not in report
