@@ -367,7 +367,7 @@ def device_name(
 # %% ../nbs/50_config.ipynb #43f4af64
 def pick_device(
     cfg: Config,  # run.device is 'auto' or a torch device
-) -> 'torch.device':  # InputError when it is not there
+):  # torch.device; InputError when it is not there
     "The device of this process."
     import torch
     name = device_name(cfg)
@@ -379,7 +379,7 @@ def pick_device(
 # %% ../nbs/50_config.ipynb #7cff809e
 def pick_amp(
     cfg: Config,  # run.amp may be 'auto'
-    device: 'torch.device',  # of the run
+    device,  # torch.device of the run
 ) -> str:  # 'off', 'fp16' or 'bf16'
     "What `auto` means here: half precision where the processor computes in it."
     if cfg.run.amp != 'auto': return cfg.run.amp
