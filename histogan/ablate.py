@@ -41,6 +41,7 @@ def get(
     "A field by its dotted name."
     return reduce(getattr, name.split('.'), cfg)
 
+# %% ../nbs/56_ablate.ipynb #51fd30fb-1
 def override(
     cfg: Config,  # read only
     changes: dict,  # dotted name -> value, or function of the old value
@@ -57,6 +58,7 @@ def override(
 # %% ../nbs/56_ablate.ipynb #c89a174a
 D_WIDTH = 24  # d_base_ch of every pixel D here; the recipe's 96 over 4; decided
 
+# %% ../nbs/56_ablate.ipynb #c89a174a-1
 def recipe(
     base: Config,  # modern, whose data, length and widths are taken
 ) -> Config:
@@ -78,6 +80,7 @@ class Step(NamedTuple):
     fields: tuple  # dotted names
     decides: bool = False  # repeated over all seeds
 
+# %% ../nbs/56_ablate.ipynb #83114bc6-1
 PATH = dict(
     poc=Step('the recipe, narrowed', (), True),
     average=Step('average of G: half-life in images, with a ramp',
@@ -110,12 +113,14 @@ class Neighbour(NamedTuple):
     changes: dict  # as override takes them
     decides: bool = False  # repeated over all seeds
 
+# %% ../nbs/56_ablate.ipynb #62802b1b-1
 def times(
     factor: float,  # of the value that stands there
 ):  # function of it
     "A value relative to `modern`'s."
     return lambda v: factor * v
 
+# %% ../nbs/56_ablate.ipynb #62802b1b-2
 _MOVES = {'ada.enabled': True, 'ada.ada_target': 0., 'ada.ada_speed': 1e6,
           'ada.ada_max_p': .3, 'ada.ada_p_cap_if_acc_hi': .3, 'ada.ada_freeze_until': 0}
 _PIXEL = {'d.pixel': True, 'gate.alpha_max': 0.}
@@ -148,6 +153,7 @@ NEIGHBOURS = {
 
 ROWS = PATH | NEIGHBOURS
 
+# %% ../nbs/56_ablate.ipynb #2e29bf81-1
 def configurations(
     base: Config,  # modern
 ) -> dict[str, Config]:  # row -> its configuration, in the table's order
@@ -197,6 +203,7 @@ class _Watch:
         n = len(self.times)
         return (self.times[-1] - self.times[0]) * n / (n - 1) if n > 1 else 0.
 
+# %% ../nbs/56_ablate.ipynb #c65d97e3-1
 def train_row(
     cfg: Config,  # out is the folder of this run; it must not exist
 ) -> tuple:  # TrainState, seconds, whether a guard stopped it
@@ -246,6 +253,7 @@ def settings(
     return {k: v for k, v in flat.items()
             if k not in ('out', 'preset') and not k.startswith('made.')}
 
+# %% ../nbs/56_ablate.ipynb #b65394b3-1
 def _flat(tree, where=''):
     "Nested dictionaries with dotted names."
     out = {}
@@ -253,6 +261,7 @@ def _flat(tree, where=''):
         out |= _flat(v, f'{where}{name}.') if isinstance(v, dict) else {where + name: v}
     return out
 
+# %% ../nbs/56_ablate.ipynb #b65394b3-2
 def _today(old):
     "Settings of an earlier version, with today's names and with what was added."
     tree = {}
@@ -263,8 +272,10 @@ def _today(old):
         at[leaf] = v
     return settings(from_dict(Config, renewed(tree)))
 
+# %% ../nbs/56_ablate.ipynb #b65394b3-3
 _OLD_FIGURES = dict(agreement='accuracy', agreement_real='accuracy_real')
 
+# %% ../nbs/56_ablate.ipynb #b65394b3-4
 def _read_result(path):
     "A result under today's names; InputError when it is none."
     unreadable = f'{path}: not a readable result; remove it and it is computed again'
@@ -300,6 +311,7 @@ def present(
         found[name, int(seed)] = result
     return found
 
+# %% ../nbs/56_ablate.ipynb #72755055-1
 def save_result(
     out: Path,  # of the ablation
     name: str,  # row
@@ -346,6 +358,7 @@ FIGURES = dict(accuracy='accuracy', worst='worst class',
                features='diversity, features', pixels='diversity, pixels',
                layout='layout, worst class', fd='FD / reals')
 
+# %% ../nbs/56_ablate.ipynb #ec160b02-1
 def figures(
     result: dict,  # as run_row
 ) -> dict:  # name -> number
@@ -358,6 +371,7 @@ def figures(
     return out | dict(accuracy_G=float('nan') if raw is None else raw,
                       steps=result['steps'], seconds=result['seconds'])
 
+# %% ../nbs/56_ablate.ipynb #ec160b02-2
 def table(
     results: list[dict],  # as run_row, any order
 ) -> pd.DataFrame:  # a row per row: what, seeds, NAME and NAME_std
@@ -368,6 +382,7 @@ def table(
     rows = [_table_row(*item) for item in runs.items()]
     return pd.DataFrame(rows).drop(columns='steps_std')
 
+# %% ../nbs/56_ablate.ipynb #ec160b02-3
 def _table_row(name, runs):
     "One row over its seeds."
     f = pd.DataFrame([figures(r) for r in runs])
@@ -390,6 +405,7 @@ def shown(
     out['steps'] = df.steps.astype(int)
     return pd.DataFrame(out | {'s': [_cell(m, None, 0) for m in df.seconds]})
 
+# %% ../nbs/56_ablate.ipynb #6eb76524-1
 def _cell(m, s, digits=2):
     "Mean ± deviation, as far as they are known."
     if pd.isna(m): return '–'
@@ -414,6 +430,7 @@ def draw_table(
         ax.grid(axis='y', lw=.3)
     return fig
 
+# %% ../nbs/56_ablate.ipynb #0d88fda9-1
 def _limits(real):
     "What `modern` is held to, relative to the row `reals`."
     s = SelectionConfig()
@@ -421,6 +438,7 @@ def _limits(real):
     return dict(accuracy=[s.min_accuracy * real], worst=[s.min_class_accuracy * real],
                 features=span, pixels=span, layout=[s.max_layout], fd=[s.max_fd_ratio])
 
+# %% ../nbs/56_ablate.ipynb #0d88fda9-2
 SHOWN = ('poc', 'heads', 'relativistic', 'pair', 'modern', 'pixel', 'lite0', 'reals')
 
 # %% ../nbs/56_ablate.ipynb #e8ab029b
@@ -445,6 +463,7 @@ def sheet(
         draw.text(middle, name, fill='black', font=font, anchor='mm')
     return page
 
+# %% ../nbs/56_ablate.ipynb #e8ab029b-1
 def write_summary(
     out: Path,  # of the ablation
     results: list[dict],  # all that are there
@@ -490,6 +509,7 @@ class Plan(NamedTuple):
     n: int  # samples of each class
     held_out: dict  # per_class and steps of held_out
 
+# %% ../nbs/56_ablate.ipynb #a7c7f450-1
 def plan(
     a: AblateArgs,  # as parsed
 ) -> Plan:
@@ -508,6 +528,7 @@ def plan(
     how = dict(per_class=48, steps=40) if a.quick else dict(per_class=400, steps=800)
     return Plan(base, runs, 16 if a.quick else 100, how)
 
+# %% ../nbs/56_ablate.ipynb #a7c7f450-2
 def _rows(quick):
     "All rows that can be trained here."
     if quick: return ['poc', 'heads', 'modern']
@@ -523,6 +544,7 @@ def _left(seconds, todo):
     if s > 5400: said = f'{s / 3600:.1f} h'
     return f'{todo} to do, about {said}'
 
+# %% ../nbs/56_ablate.ipynb #6a7d87e1-1
 def _report(result, rest):
     "One line per run."
     f = figures(result)
@@ -555,6 +577,7 @@ def ablate(
             write_table(out / 'ablation.csv', table(results))
         return write_summary(out, results)
 
+# %% ../nbs/56_ablate.ipynb #35eea057-1
 def _announce(classifier, p, todo, done):
     "What is there, what will be done, and what cannot be compared."
     n = sum(len(y) for _, y in classifier.reals)
@@ -587,6 +610,7 @@ def main(
     "`python -m histogan.ablate`."
     return run_program(_main, argv)
 
+# %% ../nbs/56_ablate.ipynb #609b66df-1
 def _main(argv):
     a = tyro_parse(AblateArgs, argv, 'histogan.ablate')
     df = ablate(a)

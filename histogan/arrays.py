@@ -16,6 +16,7 @@ from .core import InputError, digest, say, warn_line, write_file
 _MEMBER = re.compile(r'(.+\.(?:npz|h5|hdf5))#(\w+)/(\d+)', re.I)
 ARRAY_SUFFIXES = ('.npz', '.h5', '.hdf5')
 
+# %% ../nbs/01_arrays.ipynb #c12a3fae-1
 def member_of(
     path: str | Path,  # of a patch
 ) -> tuple[str, str, int] | None:  # file, array, row; None: an ordinary file
@@ -153,6 +154,7 @@ _ARRAY_CLASSES = {
 # in a name -> split
 _PARTS = (('train', 'train'), ('val', 'val'), ('valid', 'val'), ('test', 'test'))
 
+# %% ../nbs/01_arrays.ipynb #505212d8-1
 # (split or '', file and key of images, of labels)
 def _array_pairs(root) -> list[tuple]:
     "The arrays of patches and labels that belong together."

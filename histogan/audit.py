@@ -25,6 +25,7 @@ TREES = 200  # of the ensemble; decided
 AUDIT_PER_CLASS = 500  # patches of a class and split that are used; decided
 BOOT = 500  # resamples of groups for an interval; decided
 
+# %% ../nbs/09_audit.ipynb #584851b9-1
 def histogram(
     img: np.ndarray,  # (H, W, 3) uint8
 ) -> np.ndarray:  # (512,) float32, sums to 1
@@ -148,6 +149,7 @@ def copy_counts(
 # %% ../nbs/09_audit.ipynb #0a52f21d
 SHEET, CELL = 8, 112  # pictures in a row of a sheet; their side, px
 
+# %% ../nbs/09_audit.ipynb #0a52f21d-1
 def _strip(images) -> np.ndarray:  # (CELL, SHEET * CELL, 3) uint8
     "Pictures beside each other; white where there is none."
     blank = np.full((CELL, CELL, 3), 255, np.uint8)
@@ -206,6 +208,7 @@ _ALIKE = 'Format and size do not tell the classes apart.'
 _ONE_SIZE = ''' Everything is stored at one size; a patch that was enlarged has no
 more detail than before, and looks softer than one that was reduced.'''
 
+# %% ../nbs/09_audit.ipynb #c58f165b-1
 def _about_data(df, numbers) -> list[str]:
     "Sections on what is there."
     ratio = numbers['largest_over_smallest_class']
@@ -227,6 +230,7 @@ where a split was given by hand. Pairs across classes are labels that contradict
 other; pairs across groups mean that groups are not as independent as they look. Empty
 glass is left out, because one patch of it looks like any other.'''
 
+# %% ../nbs/09_audit.ipynb #f3224742-1
 def _about_copies(counts, n) -> list[str]:
     "The section on copies."
     return [section('Copies', table(counts), text(_COPIES.format(n), 'note'))]
@@ -248,6 +252,7 @@ Clearly above chance means that the classes were compressed or resized different
 are smooth to different degrees: a classifier can use it, and a generator will learn
 to draw the artefact along with the tissue.'''
 
+# %% ../nbs/09_audit.ipynb #5c8f6e4c-1
 def _about_leaks(found) -> list[str]:
     "The section on what colour and compression give away."
     title = 'What colour and compression alone tell'
@@ -274,6 +279,7 @@ channels). Normalisation takes out what one slide has in common; it also takes o
 differences in stain that may belong to the tissue. Patches with too little tissue
 keep their colours.'''
 
+# %% ../nbs/09_audit.ipynb #6c0f2a95-1
 def _about_pixels(df, numbers) -> list[str]:
     "Sections on clipped pixels and stain."
     clipped = df[df.kept == 1].groupby('label').sat_ratio.agg(['mean', 'max'])
@@ -290,6 +296,7 @@ _EIGHT = 'Eight patches of each class, evenly spaced over the list.'
 _GONE = '''Thresholds are for mistakes of scanning and cutting. When what they reject
 looks like good tissue, they are for other patches than these: calibrate them.'''
 
+# %% ../nbs/09_audit.ipynb #97612aad-1
 def _sheets(out, df, base, words) -> list[str]:
     "A contact sheet per class."
     return [figure(sheet(out, g, base), words.format(c=c, n=len(g)), photo=True)
@@ -329,6 +336,7 @@ _LEAD = '''{kept} of {patches} patches in {n} classes, stored at {size} px. What
 the data, what gives the classes away without histology, and what that means for
 conclusions drawn from them.'''
 
+# %% ../nbs/09_audit.ipynb #410015d3-1
 def audit(
     out: str | Path,  # a prepared dataset
 ) -> Path:  # audit.html; audit.json beside it

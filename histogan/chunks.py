@@ -100,6 +100,7 @@ def process_file(
 # %% ../nbs/07_chunks.ipynb #1830c7d0
 CHUNK = 64  # patches; 12.6 MB at 256 px between two waits for the disk; decided
 
+# %% ../nbs/07_chunks.ipynb #1830c7d0-1
 def record_path(
     part: str,  # folder of unfinished work
     k: int,  # number of the chunk

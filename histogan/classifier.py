@@ -88,6 +88,7 @@ def references(
 # %% ../nbs/41_classifier.ipynb #7139af9e
 GRID = 4  # cells per side of pooled feature maps; Projected GAN's coarsest map
 
+# %% ../nbs/41_classifier.ipynb #7139af9e-1
 def pooled_maps(
     maps: list,  # of (N, C_k, H_k, W_k), standardised per channel
     grid: int = GRID,  # cells per side
@@ -145,6 +146,7 @@ def accuracy(self: HeldOutClassifier) -> float:
         .item()
     )
 
+# %% ../nbs/41_classifier.ipynb #734f95c2-1
 @patch(as_prop=True)
 def key(self: HeldOutClassifier) -> str:
     "Hash of its weights: 16 hex digits."
@@ -171,6 +173,7 @@ def as_reals(
 # %% ../nbs/41_classifier.ipynb #0a9f3534
 FEWEST = 4  # patches of a class in each half; two for each set of reals; decided
 
+# %% ../nbs/41_classifier.ipynb #0a9f3534-1
 def fit_held_out(
     images: np.ndarray,  # (N, R, R, 3) uint8; no patch of the training
     labels: np.ndarray,  # (N,) integers below num_classes
@@ -204,6 +207,7 @@ def _weights(patches, num_classes, cache_dir, cfg, device, progress, file):
     if file: save_encoder(encoder, file)
     return encoder
 
+# %% ../nbs/41_classifier.ipynb #45902fad-1
 def _halved(images, labels, num_classes, groups, seed):
     "One half to learn from, and two sets of reals out of the other."
     n = np.bincount(labels, minlength=num_classes)

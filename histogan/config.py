@@ -251,6 +251,7 @@ def _value(hint, v, where):
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false',
           str: 'text', type(None): 'null'}
 
+# %% ../nbs/50_config.ipynb #509124fd-1
 def expected(
     hint,  # type of a field
 ) -> str:  # 'a whole number', 'one of …'
@@ -277,6 +278,7 @@ OLD_KEYS = {'gates': 'selection', 'selection.min_agreement': 'selection.min_accu
             'selection.min_class_agreement': 'selection.min_class_accuracy'}
 OLD_VALUES = {('run.best_metric', 'gates'): 'selection'}  # (key, old value) -> today's
 
+# %% ../nbs/50_config.ipynb #a79bca0e-1
 def renewed(
     data,  # a configuration as it was written
 ):  # the same under today's names; data itself is not changed
@@ -458,6 +460,7 @@ FIXED = {  # field or section -> why a run cannot change it
     'data.near_duplicate': _SPLIT, 'made': 'the program writes it'}
 FREE = {'g.clamp', 'g.output_clamp', 'g.use_style_mixing', 'g.style_mix_prob'}
 
+# %% ../nbs/50_config.ipynb #0fb354ce-1
 def fixed(
     name: str,  # dotted field
 ) -> str:  # why a run cannot change it; '' = it can
@@ -540,6 +543,7 @@ _FRAME = r'[╭╮╰╯│─┃━]+|-{5,}|\x1b\[[0-9;]*m'
 _START = (r'^(Parsing error|Value error|Invalid choice|Unrecognized options|'
           r'Missing \w+)\s+|Error parsing (config\.\w+: )?')
 
+# %% ../nbs/50_config.ipynb #d9972ccf-1
 def one_line(
     text: str,  # what tyro printed
 ) -> str:  # its words without frames, ends at the first sentence

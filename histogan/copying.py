@@ -26,6 +26,7 @@ from .selection import poses, squared_distances
 # %% ../nbs/62_copying.ipynb #cb21473b
 SIDE = 16  # px that patches are reduced to before pixels are compared; measured below
 
+# %% ../nbs/62_copying.ipynb #cb21473b-1
 def pixel_extractor(
     side: int = SIDE,  # px; ≥ 1
 ) -> Extractor:
@@ -55,6 +56,7 @@ def layout_extractor(
 # %% ../nbs/62_copying.ipynb #8155c337
 BLOCK = 2048  # training patches at a time
 
+# %% ../nbs/62_copying.ipynb #8155c337-1
 def nearest(
     queries: list,  # eight of (n, d): features of every pose
     blocks,  # (m, d) each: features of the training patches, in their order
@@ -75,6 +77,7 @@ def nearest(
         best[2][:, 0].cpu().numpy(),
     )
 
+# %% ../nbs/62_copying.ipynb #8155c337-2
 def _merged(best, new, k):
     "The k nearest of what was kept and what is new."
     d, rows, pose = [torch.cat(p, 1) for p in zip(best, new)] if best else new
@@ -84,6 +87,7 @@ def _merged(best, new, k):
 # %% ../nbs/62_copying.ipynb #5e24d6d3
 NEXT = 20  # further neighbours that set the scale; decided
 
+# %% ../nbs/62_copying.ipynb #5e24d6d3-1
 def relative(
     dist: np.ndarray,  # (N, k) from nearest, ascending
 ) -> np.ndarray:  # (N,) in [0, 1]; 1 = no nearer than the next ones
@@ -97,6 +101,7 @@ TAIL = 0.05  # share of held-out reals below the first threshold
 FACTOR = 4.0  # times that share among the fakes; measured above
 P_COPY = 1e-4  # probability; four such questions are asked
 
+# %% ../nbs/62_copying.ipynb #e1e98a98-1
 class Below(NamedTuple):
     "How many fakes lie below a value that few held-out reals do."
     threshold: float  # relative distance
@@ -139,6 +144,7 @@ class Near(NamedTuple):
     row: np.ndarray  # (N,) the nearest training patch
     turn: np.ndarray  # (N,) which pose of the patch it is near to; poses
 
+# %% ../nbs/62_copying.ipynb #ebd86d22-1
 def encode_training(
     cache: FeatureCache,  # keeps the features
     extractors: list[Extractor],  # all of them see a patch while it is decoded
@@ -156,6 +162,7 @@ def encode_training(
 # %% ../nbs/62_copying.ipynb #663e215f
 _IN_MEMORY = 2 ** 29  # bytes of features that are kept in memory
 
+# %% ../nbs/62_copying.ipynb #663e215f-1
 def _blocks(cache, ex, ids):
     "A function that gives the features of the training patches, block by block."
     space = f'{ex.name}-{ex.key}'

@@ -23,6 +23,7 @@ except ImportError: msvcrt = None  # all others
 class InputError(ValueError):
     "Bad input from the user; one line: what is wrong, where, and the fix."
 
+# %% ../nbs/00_core.ipynb #c0re0015-1
 class Stopped(Exception):
     "A run that ended before its last step, after saving: `Stopped(code, message)`."
     code = property(lambda self: self.args[0])  # 130 interrupted, 3 stopped by a guard
@@ -35,6 +36,7 @@ def warn_line(
     "Tell the user something that is not an error."
     print(f'warning: {text}', file=sys.stderr, flush=True)
 
+# %% ../nbs/00_core.ipynb #c0re0016-1
 def say(
     code: int,  # exit code
     text: str,  # one line for the user
@@ -69,6 +71,7 @@ def disk_error(
 # %% ../nbs/00_core.ipynb #c0re0022
 _OPEN_ELSEWHERE = (5, 32)  # Windows: access denied, sharing violation
 
+# %% ../nbs/00_core.ipynb #c0re0022-1
 def fix_for(
     e: OSError,  # from disk_error
 ) -> str:  # what the user can do
@@ -85,6 +88,7 @@ def sync_file(
     f.flush()
     _fsync(f.fileno())
 
+# %% ../nbs/00_core.ipynb #c0re0026-1
 def _fsync(handle, *also):
     "As `os.fsync`; what is refused need not be done."
     try: os.fsync(handle)
@@ -110,6 +114,7 @@ def _temp_of(path):
     name = path.name.encode()[:200].decode(errors='ignore')  # of 255 bytes
     return path.with_name(f'.{name}.{mine}.tmp')
 
+# %% ../nbs/00_core.ipynb #c0re0028-1
 def _rename(temp, path):
     "Put a file in its place; Windows refuses while another program reads the old one."
     for wait in (.05, .1, .2, .4, .8, 0):
@@ -190,6 +195,7 @@ def read_json(
         why = f'is no JSON ({_brief(e)}); fix it or make it again'
     raise InputError(f'{path}: {why}')
 
+# %% ../nbs/00_core.ipynb #c0re0039-1
 def _brief(e): return ' '.join(str(e).split())[:80]
 
 # %% ../nbs/00_core.ipynb #c0re0048
@@ -251,6 +257,7 @@ def hasher():  # has update(bytes) and hexdigest()
     "SHA-256, for what comes in pieces."
     return hashlib.sha256()
 
+# %% ../nbs/00_core.ipynb #c0re0071-1
 def digest(
     *parts,  # text, bytes, arrays, or what JSON can hold
 ) -> str:  # 64 hexadecimal digits
@@ -287,10 +294,12 @@ _DEVICES = re.compile(r'(CON|PRN|AUX|NUL|CLOCK\$|CONIN\$|CONOUT\$|(COM|LPT)[\d¹
                       r'(\..*|\s*)', re.I)  # names that Windows keeps for itself
 _LONGEST = 100  # bytes of a name; folders may have 255, whole paths of Windows 260
 
+# %% ../nbs/00_core.ipynb #c0re0063-1
 def _escaped(char):
     "A character as its bytes."
     return ''.join(f'%{b:02X}' for b in char.encode(errors='surrogatepass'))
 
+# %% ../nbs/00_core.ipynb #c0re0063-2
 def _escape(label):
     "A name that every file system takes; '%' stands for nothing but an escape."
     text = _nfc(label)
@@ -307,8 +316,10 @@ def _shortened(name, label, digits):
     room = _LONGEST - digits - 1
     return name.encode()[:room].decode(errors='ignore') + '_' + digest(label)[:digits]
 
+# %% ../nbs/00_core.ipynb #c0re0064-1
 def _nfc(s): return unicodedata.normalize('NFC', s)
 
+# %% ../nbs/00_core.ipynb #c0re0064-2
 def _alike(name):
     "What a name is to systems that ignore capitals and accents' spelling."
     return {_nfc(_nfc(s).casefold()) for s in (name, name.upper())}
@@ -346,6 +357,7 @@ def versions(
 _HELD = set()  # (file, process): what this process holds; the system does not tell
 _BUSY = {errno.EACCES, errno.EAGAIN, getattr(errno, 'EDEADLK', -1)}
 
+# %% ../nbs/00_core.ipynb #c0re0081-1
 def _grab(f, free=False) -> bool:  # False while another process has it
     "Lock an open file, or free it; OSError where there are no locks."
     try:
@@ -362,12 +374,14 @@ def _grab(f, free=False) -> bool:  # False while another process has it
 # %% ../nbs/00_core.ipynb #c0re0082
 def _me(): return f'process {os.getpid()} on {socket.gethostname()}'
 
+# %% ../nbs/00_core.ipynb #c0re0082-1
 def _taken(message, who):
     "The error of one who comes second."
     who = who.strip() or 'another process'
     if '{who}' not in message: message += ' ({who} holds it)'
     return InputError(message.replace('{who}', who))
 
+# %% ../nbs/00_core.ipynb #c0re0082-2
 def _ended(who) -> bool:  # False when in doubt
     "Has a process of this machine ended?"
     found = re.fullmatch(r'process (\d+) on (.+)', who.strip())
@@ -437,6 +451,7 @@ def _free(note, message):
         if aside.read_text(encoding='utf-8') != who: os.rename(aside, note)  # a new one
         else: aside.unlink()
 
+# %% ../nbs/00_core.ipynb #c0re0088-1
 def _read_note(note):
     "Who holds it; a moment's patience with one who is just writing."
     for _ in range(20):
@@ -447,6 +462,7 @@ def _read_note(note):
 # %% ../nbs/00_core.ipynb #c0re0091
 _COMMAND = contextvars.ContextVar('exit code after a second Ctrl-C', default=None)
 
+# %% ../nbs/00_core.ipynb #c0re0091-1
 def _is_command(argv):
     "Is this `python -m …`, with no arguments from Python and no kernel around it?"
     shell = sys.modules.get('IPython')
@@ -536,6 +552,7 @@ def run_program(
 # %% ../nbs/00_core.ipynb #c0re0102
 _DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE'.split()  # the machine's faults
 
+# %% ../nbs/00_core.ipynb #c0re0102-1
 def _ending(e, interrupted):
     "Exit code and last words; None for an error of the program itself."
     if isinstance(e, InputError): return 2, f'error: {e}'

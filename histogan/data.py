@@ -436,6 +436,7 @@ def _from_prepared(cfg: DataConfig, manifest, progress):  # -> manifest, images 
 # %% ../nbs/03_data.ipynb #f5ad9087
 FEWEST = 8  # training patches of a class; below it memorization is certain; decided
 
+# %% ../nbs/03_data.ipynb #f5ad9087-1
 def _check_use(df, cfg: DataConfig):
     "What can only be judged once the patches are known."
     shown, val, classes = (

@@ -319,6 +319,7 @@ def _mean_of(heads):
     means = [l if l.ndim == 1 else l.mean(1) for l in heads]
     return torch.stack(means).mean(0) if means else None
 
+# %% ../nbs/20_discriminator.ipynb #2b8d703b-1
 def map_heads(
     cfg, # DiscriminatorConfig
 ): # ModuleList
@@ -337,6 +338,7 @@ def mixers(
     groups = [cfg.heads[end - n:end] for n, end in zip(cfg.counts, ends)]
     return nn.ModuleList(CrossScale(g, cfg.head_in) for g in groups)
 
+# %% ../nbs/20_discriminator.ipynb #fab97d7d-1
 def pair_heads(
     cfg, # DiscriminatorConfig
 ): # ModuleList, empty without pair

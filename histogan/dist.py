@@ -50,6 +50,7 @@ def _joined():
     import torch.distributed as dist
     return dist.is_initialized()
 
+# %% ../nbs/43_dist.ipynb #4c5fc68c-1
 def _use_gpu(device) -> str:  # why not, or ''
     "Each process of a machine has a GPU of its own."
     import torch
@@ -100,6 +101,7 @@ def _welcome(store, own, deadline):
     store.set(f'go/{own}', '')
     return own
 
+# %% ../nbs/43_dist.ipynb #2275eac1-1
 def _await(store, key, deadline) -> str:
     "In the others: what the first process says."
     while not store.check([key]):
@@ -110,16 +112,19 @@ def _await(store, key, deadline) -> str:
 # %% ../nbs/43_dist.ipynb #8ad696e1
 def _fault(r): return f'fault/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}/{r}'
 
+# %% ../nbs/43_dist.ipynb #8ad696e1-1
 def _reason(store, r):
     "Why process r has given up, or ''."
     return store.get(_fault(r)).decode() if store.check([_fault(r)]) else ''
 
+# %% ../nbs/43_dist.ipynb #8ad696e1-2
 def _leave(store, fault):
     "Give up, and tell the others why."
     store.set(_fault(rank()), fault)
     if not rank(): time.sleep(1)  # the store may go with this process
     raise InputError(fault)
 
+# %% ../nbs/43_dist.ipynb #8ad696e1-3
 def _patience(deadline):
     "Wait a moment, but not for ever."
     import torch.distributed as dist
@@ -149,6 +154,7 @@ def _meeting_point():
     from torch.distributed import TCPStore
     return TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
 
+# %% ../nbs/43_dist.ipynb #0ee0d286-1
 def _fork(f, k, n, port):
     "Start process k of n."
     fork = multiprocessing.get_context('fork')
@@ -167,6 +173,7 @@ def _work(f, env, there):
     os.environ.update(env)
     there.send_bytes(pickle.dumps(f()))
 
+# %% ../nbs/43_dist.ipynb #c8b3d7b5-1
 def _result(here, limit):
     "What a process returned."
     if not here.poll(limit): raise RuntimeError(f'no result within {limit:g} s')

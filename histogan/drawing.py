@@ -23,6 +23,7 @@ def rng_for(
 # %% ../nbs/04_drawing.ipynb #48e3e972
 _TAYLOR = [1/math.factorial(k) for k in range(7)]  # of e^x
 
+# %% ../nbs/04_drawing.ipynb #48e3e972-1
 def _exp(x):  # any shape; below -16 as -16
     "e to the x to five digits, with sums and products in a fixed order."
     y = (np.maximum(x, -16) if isinstance(x, np.ndarray) else max(x, -16.))*(1/16)
@@ -52,6 +53,7 @@ def _turn(t):  # radians, any shape
 # %% ../nbs/04_drawing.ipynb #63f3d9a2
 _ATAN = (.99997726, -.33262347, .19354346, -.11643287, .05265332, -.01172120)
 
+# %% ../nbs/04_drawing.ipynb #63f3d9a2-1
 def _angle(y, x):  # two arrays
     "The arc tangent of y/x in all four quadrants, to 0.00001 radians."
     a, b = np.abs(x), np.abs(y)
@@ -162,6 +164,7 @@ def direction(
     "Which way a field of vectors points, at points."
     return _angle(sample(v[1], p), sample(v[0], p))
 
+# %% ../nbs/04_drawing.ipynb #dbca3338-1
 def tangent(
     u: np.ndarray,  # (size, size) µm, from bend
     p: np.ndarray,  # (n, 2) µm
@@ -273,6 +276,7 @@ def splat(
         _lay(out, size, p[on] * s, [q[on][:, None, None] for q in each], hollow, soft)
     return out.reshape(size, size)
 
+# %% ../nbs/04_drawing.ipynb #8738bc39-1
 def _lay(out, size, p, each, hollow, soft):
     "The largest coverage at each pixel; p and out in pixels."
     (a, b, t, value), s = each, np.float32(size/FIELD)

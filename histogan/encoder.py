@@ -52,6 +52,7 @@ KINDS = (
     'with @PX, @maps=K, @norm=NAME; several joined by +'
 )
 
+# %% ../nbs/24_encoder.ipynb #c3cca89f-1
 class Spec(NamedTuple):
     "One part of an encoder's spec."
     kind: str  # cnn, lite0, …
@@ -60,6 +61,7 @@ class Spec(NamedTuple):
     maps: int = 3  # feature maps taken; ≥ 1
     norm: str = ''  # mean and std of a bare file
 
+# %% ../nbs/24_encoder.ipynb #c3cca89f-2
 def parts_of(
     spec: str, # of one encoder, or of several joined by +
 ) -> list[str]: # of each
@@ -69,6 +71,7 @@ def parts_of(
 # %% ../nbs/24_encoder.ipynb #3528d1b5
 _OPTION = re.compile(r'@(?:(?P<size>\d+)|maps=(?P<maps>\d+)|norm=(?P<norm>[^@]+))$')
 
+# %% ../nbs/24_encoder.ipynb #3528d1b5-1
 def read_spec(
     text: str, # one part
 ) -> Spec:
@@ -100,6 +103,7 @@ def _timm(s, size):
         raise InputError(f'--encoder timm:{rest}: no such folder')
     return load_timm(name, path, s.size, s.maps, s.norm, as_is=size)
 
+# %% ../nbs/24_encoder.ipynb #679db765-1
 def _open(spec, num_classes, data, cache_dir, size, cnn, device, progress):
     "One part, without calibration."
     s = read_spec(spec)
@@ -170,6 +174,7 @@ def encoder_card(
     wiring = dict(size=e.size, value_range=e.value_range, mean=e.mean, std=e.std)
     return dict(net=made, dim=e.dim, map_channels=e.map_channels, **wiring)
 
+# %% ../nbs/24_encoder.ipynb #38dac19b-1
 def from_card(
     card: dict, # from encoder_card, perhaps through JSON
     name: str, # its spec
@@ -199,6 +204,7 @@ def part_hash(
     tensors = [x for k, v in sorted(encoder.state_dict().items()) for x in (k, v.cpu())]
     return digest(card, *tensors)
 
+# %% ../nbs/24_encoder.ipynb #7b309f6e-1
 def encoder_hashes(
     encoder: Encoder | None, # one, or several joined
 ) -> dict: # spec of the part -> hash
@@ -209,6 +215,7 @@ def encoder_hashes(
         out[f'{spec}#{len(out)}' if spec in out else spec] = part_hash(e)
     return out
 
+# %% ../nbs/24_encoder.ipynb #7b309f6e-2
 def check_encoder(
     encoder: Encoder | None, # as loaded
     hashes: dict, # as written down; empty = nothing was
@@ -279,6 +286,7 @@ def _identity(spec):
     s = read_spec(spec)
     return s if s.kind == 'random' else s._replace(rest='')
 
+# %% ../nbs/24_encoder.ipynb #9a27938d-1
 def _cards(path):
     "What `write_kept` wrote beside the tensors."
     try:
@@ -351,6 +359,7 @@ def _embedded(encoder, data, batch, progress):
         with torch.no_grad(): v = encoder(x.to(device).float() / 127.5 - 1)
         yield ids.numpy(), v.float().cpu().numpy()
 
+# %% ../nbs/24_encoder.ipynb #030338db-1
 def _write_features(f, shape, batches):
     "A .npy file filled row by row; rows that never come are NaN."
     header = np.lib.format.header_data_from_array_1_0(

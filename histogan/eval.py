@@ -37,6 +37,7 @@ from .reals import Reals, _pixels, open_reals, parts_for
 # %% ../nbs/63_eval.ipynb #cd3971c4
 TEACHING = CNNConfig(seed=1009)  # another seed than training uses
 
+# %% ../nbs/63_eval.ipynb #cd3971c4-1
 def classifier_of(
     reals: Reals,  # from open_reals
     classes: list[str],  # names by index
@@ -82,6 +83,7 @@ def own_extractor(
         encoder,
     )
 
+# %% ../nbs/63_eval.ipynb #9ae93df4-1
 def _note(teach):
     "What the classifier shares with the run."
     shares = ('shares no patch with training' if 'phantom' in teach.name else
@@ -153,6 +155,7 @@ def choose_weights(
         notes + [lack[s] for s in lack],
     )
 
+# %% ../nbs/63_eval.ipynb #83d5c5f6-1
 _PUBLISHED = dict(inception=INCEPTION, alexnet=ALEXNET)
 
 # %% ../nbs/63_eval.ipynb #c87956a8
@@ -249,6 +252,7 @@ def _cut(p, most):
     q = p.take(at_most(p.y, most))
     return q._replace(x=np.asarray(q.x))
 
+# %% ../nbs/63_eval.ipynb #03acda8d-1
 def _against_a_half(ev, fake, a, b, classes):
     "Fakes and one half of the reals, as many of each class, against the other half."
     n = counts(fake, a)
@@ -260,6 +264,7 @@ def _against_a_half(ev, fake, a, b, classes):
     ]
     return _worth_showing(rows)
 
+# %% ../nbs/63_eval.ipynb #03acda8d-2
 def _joined(a, b, name):
     "Two sets as one."
     return Patches(
@@ -268,6 +273,7 @@ def _joined(a, b, name):
         name,
     )
 
+# %% ../nbs/63_eval.ipynb #03acda8d-3
 def _worth_showing(rows):
     "The table, if there is a distance in it; otherwise one line that says what is needed."
     df = pd.DataFrame(rows, columns=ROW)
@@ -481,6 +487,7 @@ def _files(root):
     df = scan(root)
     return df.path.to_numpy(object), df.label.to_numpy(str)
 
+# %% ../nbs/63_eval.ipynb #851ef7ee-1
 _PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'}
 
 # %% ../nbs/63_eval.ipynb #423507a0
@@ -526,6 +533,7 @@ def summary(
     ]
     return '\n'.join(lines + _footnotes(d))
 
+# %% ../nbs/63_eval.ipynb #acc97741-1
 def _footnotes(d):
     "What the figures can bear."
     had = bool((d.trained_on == 'yes').any())
@@ -551,6 +559,7 @@ def main(
     where = f'process {rank()}' if rank() else ''
     return run_program(_body, argv, interrupted=words, where=where, known=elsewhere)
 
+# %% ../nbs/63_eval.ipynb #43d625ce-1
 def _body(argv):
     a = tyro_parse(EvalArgs, argv, 'histogan.eval')
     if a.real and not Path(a.run, 'config.json').exists() and Path(a.run).is_dir():

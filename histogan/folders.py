@@ -62,6 +62,7 @@ def _is_picture_of_another_kind(path) -> bool:
 # %% ../nbs/02_folders.ipynb #4c396b5e
 _TAG = 'CACHEDIR.TAG'  # the marker that backup programs know
 
+# %% ../nbs/02_folders.ipynb #4c396b5e-1
 def mark_cache(
     folder: str | Path,  # made if it is not there
 ) -> Path:  # the folder
@@ -78,6 +79,7 @@ _OLD_CACHE = re.compile(
     r'(phantom-\d+px|judge|classifier|encoder-|features-|own_cnn|cnn-).*'
 )
 
+# %% ../nbs/02_folders.ipynb #4908d539-1
 def own_kind(
     names,  # of the files and folders in a folder
 ) -> str:  # in words; '' for what is not ours
@@ -161,6 +163,7 @@ def _sort_files(here, files, found):
 # %% ../nbs/02_folders.ipynb #b344aebe
 _GIVE = 'give a folder that holds one folder of images per class'
 
+# %% ../nbs/02_folders.ipynb #b344aebe-1
 def _class_folders(root) -> list[Path]:  # sorted
     "The class folders of a root, or an `InputError` that says what is there instead."
     root = Path(root)
@@ -199,6 +202,7 @@ _SPLIT_WORDS = frozenset(
     'holdout heldout fold'.split()
 )
 
+# %% ../nbs/02_folders.ipynb #438a3a0b-1
 def looks_like_split(
     name: str,  # of a folder
 ) -> bool:

@@ -69,6 +69,7 @@ def _map_buffers(self: Encoder):
         )
     self.register_load_state_dict_post_hook(lambda module, keys: module._rescale())
 
+# %% ../nbs/21_frozen.ipynb #42c1438c-1
 @patch
 def _rescale(self: Encoder):
     "The same numbers as one multiplication and one addition."
@@ -120,6 +121,7 @@ def encode(self: Encoder,
         )
     return Encoded(v, [ruled(k, m) for k, m in enumerate(maps)])
 
+# %% ../nbs/21_frozen.ipynb #30e3a0ef-2-1
 @patch
 def features(self: Encoder,
     x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
@@ -127,6 +129,7 @@ def features(self: Encoder,
     "The maps alone."
     return self.encode(x, False).maps
 
+# %% ../nbs/21_frozen.ipynb #30e3a0ef-2-2
 @patch
 def forward(self: Encoder,
     x: torch.Tensor, # (N, 3, R, R) in [-1, 1]
@@ -197,6 +200,7 @@ def join(
         note=told('note'),
     )
 
+# %% ../nbs/21_frozen.ipynb #371bdc17-1
 def encoders_in(
     encoder: Encoder, # one, or several joined
 ) -> list: # of Encoder
@@ -209,6 +213,7 @@ def map_counts(self: Encoder) -> tuple[int, ...]: # of each joined encoder
     "How many of the maps belong to each part."
     return tuple(len(p.map_channels) for p in encoders_in(self))
 
+# %% ../nbs/21_frozen.ipynb #f647f553-1
 @patch
 @torch.no_grad()
 def map_sides(self: Encoder,
@@ -267,6 +272,7 @@ def check_tensors(
             f'{path}: tensor {extra[0]} is unknown ({len(extra)} such); {other}'
         )
 
+# %% ../nbs/21_frozen.ipynb #9519487b-1
 def shapes_of(
     net: nn.Module, # as built
 ) -> dict: # name -> shape

@@ -154,6 +154,7 @@ class Stem(nn.Module):
 # %% ../nbs/10_generator.ipynb #a452c3a9
 RGB_GAIN = 0.5      # gives an untrained image a std near 0.3; measured below
 
+# %% ../nbs/10_generator.ipynb #a452c3a9-1
 def rgb_layers(
     cfg,    # a GeneratorConfig
 ):          # a 1×1 convolution after each block that paints
@@ -288,6 +289,7 @@ from .core import InputError, read_json, write_file, write_json
 # %% ../nbs/10_generator.ipynb #9a3306e4
 PRETRAINED = ('generator.json', 'generator.safetensors', 'README.md')
 
+# %% ../nbs/10_generator.ipynb #9a3306e4-1
 def write_pretrained(
     folder,  # made when missing
     weights,  # state_dict of the generator
@@ -310,6 +312,7 @@ tags: [histology, h-and-e, gan, image-generation]
 ---
 '''
 
+# %% ../nbs/10_generator.ipynb #1a98dc46-1
 def short_card(
     card,  # of a generator
 ):  # Markdown

@@ -20,6 +20,7 @@ from .core import InputError, hasher
 # %% ../nbs/01_images.ipynb #dcf7db93
 RESIZE = 'bicubic, antialiased (Pillow)'
 
+# %% ../nbs/01_images.ipynb #dcf7db93-1
 def resize(
     img: np.ndarray,  # (H, W, 3) uint8
     size: int,  # side of the result; px
@@ -50,6 +51,7 @@ def to_uint8(
 # %% ../nbs/01_images.ipynb #f8c28006
 THUMB = 32  # px: the size that the perceptual hash is defined on
 
+# %% ../nbs/01_images.ipynb #f8c28006-1
 def thumbnail(
     img: np.ndarray,  # (H, W, 3) uint8
 ) -> np.ndarray:  # (32, 32) uint8
@@ -86,6 +88,7 @@ def orient(
 # %% ../nbs/01_images.ipynb #6a742964
 _ODD = np.where(np.arange(8) % 2, -1., 1.)
 
+# %% ../nbs/01_images.ipynb #6a742964-1
 def _bits(f, o) -> np.ndarray:  # (N,) uint64
     "The hash of thumbnails, turned as `orient` turns them."
     a = f.swapaxes(1, 2) if o & 4 else f
@@ -107,6 +110,7 @@ def phash(
 # %% ../nbs/01_images.ipynb #c0e3c444
 FLAT = 2.0  # grey levels; JPEG leaves more than that recognisable: measured below
 
+# %% ../nbs/01_images.ipynb #c0e3c444-1
 def unshaded(
     thumbs: np.ndarray,  # (N, 32, 32) uint8 grey
 ) -> np.ndarray:  # (N, 1024) float32, each orthogonal to 1, x, y, xy, x², y²
@@ -130,6 +134,7 @@ def correlation(
 # bits that may differ: every JPEG-90 copy; the search is complete up to 7
 HASH_BITS = 8
 
+# %% ../nbs/01_images.ipynb #5c690c54-1
 def _expand(first, count, order, limit=2**22):
     "Pairs of a look-up, about `limit` at a time."  # query k meets order[first[k]:]
     total = np.cumsum(count)
@@ -214,6 +219,7 @@ _MODES = {'L': 'is greyscale', 'LA': 'is greyscale', '1': 'has 1 bit per pixel',
           'CMYK': 'is CMYK', 'F': 'holds floats', 'I': 'holds 32-bit integers',
           'I;16': 'has 16 bits per pixel', 'I;16B': 'has 16 bits per pixel'}
 
+# %% ../nbs/01_images.ipynb #6478398f-1
 def _header_fault(im) -> str | None:  # None: welcome
     "Why an image is refused, by its header alone."
     w, h = im.size
@@ -247,6 +253,7 @@ def _rgb(im) -> np.ndarray:  # (H, W, 3) uint8
 # %% ../nbs/01_images.ipynb #7673421d
 _MARKER = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')  # ends the data of a scan
 
+# %% ../nbs/01_images.ipynb #7673421d-1
 def _jpeg_segments(b):  # yields (marker, first byte, last byte + 1)
     "The parts of a JPEG; marker 0 is the coded data of a scan."
     at = 2
@@ -278,6 +285,7 @@ _EXTRA = bytes(37*k % 251 for k in range(1, 97)) + b'\xff\xd9'
 _END = b'\xff\xd9'
 _GREY = bytes([128]*3)  # what a decoder puts where data are missing
 
+# %% ../nbs/01_images.ipynb #943ff971-1
 def _pixels(data, small) -> bytes:  # nothing where it does not decode
     "A JPEG's pixels, at an eighth of its size where that is enough."
     with Image.open(BytesIO(data), formats=('JPEG',)) as im:
@@ -318,6 +326,7 @@ def _is_surplus(data) -> bool:
 # %% ../nbs/01_images.ipynb #7bfecd85
 _ZEROS = re.compile(rb'\x00{16}')
 
+# %% ../nbs/01_images.ipynb #7bfecd85-1
 def _missing_scans(b, segments) -> str | None:
     "Does every component of a progressive JPEG get all coefficients, to the last bit?"
     left, details = {}, False  # (component, coefficient) -> bits still to come
@@ -357,6 +366,7 @@ def _png_damage(b) -> str | None:
 _SECTOR = 512  # bytes of a disk that are lost together
 _LOST = re.compile(rb'\x00{512,}')
 
+# %% ../nbs/01_images.ipynb #425f9cb7-1
 def _lost_sectors(b, width) -> str | None:
     "Zeros that begin and end where sectors do, in uncompressed pixels."
     for run in _LOST.finditer(b):
@@ -397,6 +407,7 @@ def _damage(im, b) -> str | None:
 # %% ../nbs/01_images.ipynb #a708ce27
 _INCH = 25_400  # µm
 
+# %% ../nbs/01_images.ipynb #a708ce27-1
 def _pixel_size(im) -> float:  # µm; nan: the file does not say
     "The size of a pixel as a file's metadata have it."
     dpi = im.info.get('dpi', (0, 0))

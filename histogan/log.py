@@ -56,6 +56,7 @@ def row(self: RunLog,
     self.writer.writerow(values)
     if self.board: board_row(self.board, values)
 
+# %% ../nbs/53_log.ipynb #d29d3e7a-1
 @patch
 def event(self: RunLog,
     **values,  # step, guard, value, threshold, action
@@ -74,6 +75,7 @@ def flush(self: RunLog):
     for f in self.files: sync_file(f)
     if self.board: self.board.flush()
 
+# %% ../nbs/53_log.ipynb #930b9165-1
 @patch
 def close(self: RunLog):
     "No more rows."
@@ -89,6 +91,7 @@ def evaluating(self: RunLog):
     yield
     self.spent += time.monotonic() - began
 
+# %% ../nbs/53_log.ipynb #92b83dc7-1
 @patch(as_prop=True)
 def share(self: RunLog) -> float:
     "Evaluation's share of the time since the log was opened; [0, 1]."
@@ -101,6 +104,7 @@ def records(
     "What was written whole."
     return path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []
 
+# %% ../nbs/53_log.ipynb #6262c76c-1
 def continue_events(
     path: Path,  # events.jsonl
     step: int,  # of the checkpoint
@@ -109,6 +113,7 @@ def continue_events(
     kept = [l for l in records(path) if json.loads(l)['step'] <= step]
     write_file(path, ''.join(l + '\n' for l in kept))
 
+# %% ../nbs/53_log.ipynb #6262c76c-2
 def continue_table(
     path: Path,  # metrics_gan.csv
     step: int,  # of the checkpoint
@@ -135,9 +140,11 @@ def open_board(
                          'pip install tensorboard, or leave the option out') from None
     return SummaryWriter(str(Path(folder, 'tensorboard')), purge_step=step + 1)
 
+# %% ../nbs/53_log.ipynb #01b83801-1
 _GROUPS = {'d_': 'D', 'g_': 'G', 'real_': 'pixels', 'fake_': 'pixels',
            'lr_': 'learning rate'}
 
+# %% ../nbs/53_log.ipynb #01b83801-2
 def board_row(
     board,  # SummaryWriter
     values: dict,  # a row of the CSV
@@ -174,12 +181,14 @@ def _font_file():
     import matplotlib
     return Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
 
+# %% ../nbs/53_log.ipynb #ffc0ea1a-1
 @lru_cache
 def _letters():
     "Code points that the font has."
     from matplotlib.ft2font import FT2Font
     return frozenset(FT2Font(str(_font_file())).get_charmap())
 
+# %% ../nbs/53_log.ipynb #ffc0ea1a-2
 @lru_cache
 def label_font(
     size: int,  # px
@@ -267,6 +276,7 @@ def opening_line(
             f'steps {s.step} to {s.total} on {s.device}, into {folder}{many}')
     return '\n'.join([line, *_notes(s)])
 
+# %% ../nbs/53_log.ipynb #2bdfc511-1
 def _notes(s):
     "What the user should know before the first step."
     if s.encoder is None and s.cfg.preset == 'poc': yield why_no_encoder()
@@ -321,6 +331,7 @@ def panels(
         ('gradient norm', ['d_grad_norm', 'g_grad_norm'], [cfg.optim.grad_clip]),
     ]
 
+# %% ../nbs/53_log.ipynb #d941f14b-1
 def plot_curves(
     folder,  # of a run
 ) -> Path:  # artifacts/curves.png
@@ -353,6 +364,7 @@ def _panel(ax, df, title, columns, lines, events):
 _COLOURS = dict(gate='tab:green', saturation='tab:red', nonfinite='black',
                 selection='tab:orange')
 
+# %% ../nbs/53_log.ipynb #77887582-1
 def mark_events(
     ax,  # axes with steps along x
     path: Path,  # events.jsonl

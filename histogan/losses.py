@@ -27,6 +27,7 @@ def _full(
         raise ValueError(f'losses take floating tensors, got {t.dtype}')
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
+# %% ../nbs/30_losses.ipynb #49c5d841-1
 def _alike(
     a, # a floating tensor
     b, # another of the same shape
@@ -430,6 +431,7 @@ def d_adversarial(
         bce=smoothed, logistic=d_logistic, hinge=d_hinge, relativistic=d_relativistic
     )[cfg.adversarial]
 
+# %% ../nbs/30_losses.ipynb #78e953d3-1
 def g_adversarial(
     cfg, # LossConfig
 ): # fn(fake, real) -> scalar; only relativistic looks at real
@@ -449,6 +451,7 @@ def r1_due(
     "Whether this step pays R1: every `r1_every` steps, if it has a weight at all."
     return cfg.r1_gamma > 0 and step % cfg.r1_every == 0
 
+# %% ../nbs/30_losses.ipynb #4df7195c-1
 def r2_due(
     cfg, # LossConfig
     step, # D steps so far, this one included; >= 1
@@ -456,6 +459,7 @@ def r2_due(
     "Whether this step pays R2, in the same steps as R1."
     return cfg.r2_gamma > 0 and step % cfg.r1_every == 0
 
+# %% ../nbs/30_losses.ipynb #4df7195c-2
 def d_weights(
     cfg, # LossConfig
     step, # D steps so far, this one included; >= 1
@@ -468,6 +472,7 @@ def d_weights(
         drift=cfg.drift_eps,
     )
 
+# %% ../nbs/30_losses.ipynb #4df7195c-3
 def g_weights(
     cfg, # LossConfig
 ): # dict term -> float

@@ -23,6 +23,7 @@ _COUNTS = ('root', 'width', 'height', 'unit', 'store_row', 'size', 'mtime_ns')
 # names that may be written in capitals
 _KNOWN = ('path', 'label', 'split', 'group', 'mpp')
 
+# %% ../nbs/02_manifest.ipynb #94a2607d-1
 def _decoded(path) -> str:
     "The text of a table."
     try:

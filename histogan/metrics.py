@@ -24,6 +24,7 @@ from typing import Callable
 # patches per dimension below which FD is mostly bias; measured below
 PER_DIMENSION = 5
 
+# %% ../nbs/61_metrics.ipynb #98e1e97e-1
 def too_few(
     n: int,  # patches in the smaller of the two sets
     d: int,  # length of a feature
@@ -110,6 +111,7 @@ def _within(f, r, ball, wide, ball_fake, block):
 # %% ../nbs/61_metrics.ipynb #410bc27b
 FEWEST_REPEATS = 10  # patches of a class below which a nearest other one says nothing
 
+# %% ../nbs/61_metrics.ipynb #410bc27b-1
 @torch.no_grad()
 def class_gaps(
     ex: Extractor,  # with spatial
@@ -144,6 +146,7 @@ def spectrum_ratios(
     parts = {'fine detail': (f > .25) & (f < .45), 'checkerboard': _corner(R)}
     return {k: float(a[m].sum() / max(b[m].sum(), 1e-12)) for k, m in parts.items()}
 
+# %% ../nbs/61_metrics.ipynb #90111674-1
 def _corner(R):
     "Around the frequencies that change sign from pixel to pixel."
     at = lambda f: np.abs(np.abs(f) - .5) < 1.5 / R
@@ -164,6 +167,7 @@ def cloud_metrics(
         **{k: (v, np.nan) for k, v in one.items()},
     }
 
+# %% ../nbs/61_metrics.ipynb #40f3cd81-1
 def picture_metrics(
     fake: np.ndarray,  # (N, R, R, 3) uint8, of one class; N ≥ 2
     real: np.ndarray,  # (M, R, R, 3) uint8, of the same; M ≥ 2
@@ -191,6 +195,7 @@ ROW = (
 ALL = None  # all classes together: no class has this name
 LEAST = 6  # patches below which a metric of clouds has no meaning: k = 5 neighbours
 
+# %% ../nbs/61_metrics.ipynb #a45bd4f8-1
 def _row(c, metric, value, n, **facts) -> dict:
     "A row of the table, less its set."
     base = {
@@ -284,6 +289,7 @@ def distances(self: FIDLPIPSEvaluator,
         ]
     return rows
 
+# %% ../nbs/61_metrics.ipynb #93147825-1
 @patch
 def _measured(self: FIDLPIPSEvaluator, c, ex, metric, value, std, n, facts):
     "One figure and what it can bear."
@@ -295,8 +301,10 @@ def _measured(self: FIDLPIPSEvaluator, c, ex, metric, value, std, n, facts):
         std=std, note='; '.join(filter(None, notes))
     )
 
-
+# %% ../nbs/61_metrics.ipynb #93147825-2
 def _resized(a, ex): return f'{a.x.shape[1]} px, then {ex.resize}'
+
+# %% ../nbs/61_metrics.ipynb #93147825-3
 def _who(ex):
     return dict(extractor=ex.name, trained_on='yes' if ex.trained_on else 'no')
 
@@ -336,6 +344,7 @@ def repeats(self: FIDLPIPSEvaluator,
         else []
     )
 
+# %% ../nbs/61_metrics.ipynb #16177b72-1
 @patch
 def _near(self: FIDLPIPSEvaluator, ex, p, c, n):
     "Distance of n patches of a class to their nearest other one, from the cache."
@@ -378,6 +387,7 @@ def _apart(self: FIDLPIPSEvaluator, ex, x):
     f = features(self.cache, ex, x)
     return lambda p: np.linalg.norm(f[p[:, 0]] - f[p[:, 1]], axis=1)
 
+# %% ../nbs/61_metrics.ipynb #31ce5d68-1
 @patch
 def diversity(self: FIDLPIPSEvaluator,
     ex,  # an Extractor, or the function of lpips_distance

@@ -17,12 +17,14 @@ from .core import InputError, write_file
 # %% ../nbs/08_page.ipynb #87f22a5d
 JPEG_QUALITY = 85  # measured below: a sixth of the bytes of PNG
 
+# %% ../nbs/08_page.ipynb #87f22a5d-1
 def _drawing(plot) -> tuple:
     "A figure of matplotlib: (MIME type, bytes, (width, height))."
     out = io.BytesIO()
     plot.savefig(out, format='png', dpi=110, metadata=dict(Software=None))
     return 'image/png', out.getvalue(), Image.open(out).size
 
+# %% ../nbs/08_page.ipynb #87f22a5d-2
 def _picture(what, photo) -> tuple:
     "An array or an image: (MIME type, bytes, (width, height))."
     im = what if isinstance(what, Image.Image) else Image.fromarray(np.asarray(what))
@@ -55,6 +57,7 @@ def _cell(v, digits) -> str:
     if not isinstance(v, (float, np.floating)): return escape(str(v))
     return f'{v:.{digits}f}' if np.isfinite(v) else ''
 
+# %% ../nbs/08_page.ipynb #ad255491-1
 def _row(tag, cells, numeric) -> str:
     "A line of a table."
     kinds = [' class=n' if n else '' for n in numeric]
@@ -87,6 +90,7 @@ def text(
     parts = [escape(' '.join(p.split())) for p in words.split('\n\n') if p.strip()]
     return ''.join(f'<p{kind}>{p}</p>' for p in parts)
 
+# %% ../nbs/08_page.ipynb #af91cc10-1
 def section(
     title: str,  # heading; plain text
     *parts: str,  # HTML from text, figure, table
@@ -123,6 +127,7 @@ tbody tr:hover { background: var(--wash) }
 # %% ../nbs/08_page.ipynb #a754e341
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
+# %% ../nbs/08_page.ipynb #a754e341-1
 def page(
     title: str,  # of the page and of the browser's tab
     lead: str,  # one sentence below the title
@@ -155,6 +160,7 @@ def _comments(lines) -> dict:
     return {t.start[0]: (t.string.lstrip('# '), not t.line[:t.start[1]].strip())
             for t in tokens if t.type == tokenize.COMMENT}
 
+# %% ../nbs/08_page.ipynb #220aec77-1
 def _comment_of(node, comments) -> str:
     "The comment behind a field, or the comment lines above it."
     for n in range(node.lineno, node.end_lineno + 1):
@@ -185,6 +191,7 @@ def _default(f) -> str:
     inner = dataclasses.is_dataclass(value)
     return f'{type(value).__name__}()' if inner else repr(value)
 
+# %% ../nbs/08_page.ipynb #40441f14-1
 def _rows(cls) -> dict:
     "Name -> row, for the fields that a class itself writes down."
     lines = _source(cls).splitlines()

@@ -283,8 +283,10 @@ def _unit(v):  # three numbers -> (3,) float64
     x, y, z = (float(c) for c in v)
     return np.array([x, y, z])/math.sqrt(x*x + y*y + z*z)
 
+# %% ../nbs/04_phantom.ipynb #831548aa-1
 def _no_vector(v): return len(v) != 3 or min(v) < 0 or sum(v) == 0
 
+# %% ../nbs/04_phantom.ipynb #831548aa-2
 _FAULTS = {
     'stain vectors are three numbers ≥ 0, not all 0':
         lambda s: _no_vector(s.hematoxylin) or _no_vector(s.eosin),
@@ -333,12 +335,14 @@ def _bell(s):
     for v in w: total = total + v
     return w/total
 
+# %% ../nbs/04_phantom.ipynb #091ebbda-1
 def _blurred(light, s):
     "Blurred by s pixels; below a fifth of a pixel as it is."
     if s <= .2: return light
     for axis in (0, 1): light = correlate1d(light, _bell(float(s)), axis)
     return light
 
+# %% ../nbs/04_phantom.ipynb #091ebbda-2
 def _jpeg(img, quality):
     "Through JPEG and back."
     buffer = io.BytesIO()
@@ -355,6 +359,7 @@ def _between(rng, low, high):
 # haematoxylin blue … purple; eosin orange-pink … magenta
 _DYES = (((.70, .66, .27), (.52, .75, .41)), ((.09, .84, .53), (.19, .91, .37)))
 
+# %% ../nbs/04_phantom.ipynb #a33fd1d0-1
 def stain_for(
     slide: int,  # number of the slide, ≥ 0
     seed: int = 0,  # of the whole set
@@ -449,6 +454,7 @@ def make_phantom(
     finally: shutil.rmtree(part, ignore_errors=True)
     return root
 
+# %% ../nbs/04_phantom.ipynb #9d8b1a3a-1
 def _possible(want, workers):
     "Refuse numbers that no phantom can have."
     for name, low in dict(per_class=1, size=8, seed=0, slides=1).items():
@@ -458,6 +464,7 @@ def _possible(want, workers):
         raise InputError(f'phantom slides must be ≤ 999, not {want["slides"]}')
     if workers < 1: raise InputError(f'phantom workers must be ≥ 1, not {workers}')
 
+# %% ../nbs/04_phantom.ipynb #9d8b1a3a-2
 def _beside(root):
     "A new hidden folder next to root."
     try:

@@ -18,6 +18,7 @@ from .images import pixel_hash, resize
 # %% ../nbs/02_prepared.ipynb #65a367df
 PREPARED, PREPARED_FORMAT = 'prepare.json', 1
 
+# %% ../nbs/02_prepared.ipynb #65a367df-1
 def is_prepared(
     root: str | Path,  # a folder, or anything else
 ) -> bool:
@@ -122,6 +123,7 @@ _KEPT_COLUMNS = (
     'mpp',
 )
 
+# %% ../nbs/02_prepared.ipynb #a397b76a-1
 def load_prepared(
     root: str | Path,  # folder that histogan.prepare made
 ) -> PreparedDataset:  # InputError when it is not whole
@@ -147,6 +149,7 @@ _TEXT = (
     'unit',
 )
 
+# %% ../nbs/02_prepared.ipynb #f95ff1dc-1
 def read_all(
     root: str | Path,  # folder of a prepared dataset
 ) -> pd.DataFrame:  # every row of its manifest, rejected patches too, with store_row
@@ -171,6 +174,7 @@ def verify_prepared(
 # %% ../nbs/02_prepared.ipynb #241304b1
 HEADER = 4096  # bytes before the first patch: one page of memory; NumPy format 1.0
 
+# %% ../nbs/02_prepared.ipynb #241304b1-1
 def reserve_images(
     path: str | Path,  # images.npy to make
     n: int,  # patches

@@ -136,6 +136,7 @@ _RENAMED = {  # transformers' names of a DINOv2, and DINOv2's own
     r'\.mlp\.weights_out\.': '.mlp.w3.',
 }
 
+# %% ../nbs/23_pretrained.ipynb #22a5903d-1
 def dinov2_names(
     state, # name -> tensor, as transformers names a DINOv2
 ) -> dict: # name -> tensor, as DINOv2 does
@@ -204,6 +205,7 @@ def _flat(state):
         out['pos_embed'] = out['pos_embed'][:, 1:]
     return out
 
+# %% ../nbs/23_pretrained.ipynb #86a3a75b-1
 def _from_transformers_config(cfg, state, where):
     "(arch, args, facts) of a DINOv2 folder in transformers' format."
     kind = str(cfg.get('model_type'))
@@ -223,6 +225,7 @@ def _from_transformers_config(cfg, state, where):
 # %% ../nbs/23_pretrained.ipynb #255210b2
 _WEIGHTS = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth'
 
+# %% ../nbs/23_pretrained.ipynb #255210b2-1
 def weights_in(
     folder, # of a pretrained network
 ) -> Path: # its one file of weights
@@ -243,6 +246,7 @@ NORMS = {
     'lunit': ((.70322989, .53606487, .66096631), (.21716536, .26081574, .20723464)),
     'unit': ((0.,) * 3, (1.,) * 3)}
 
+# %% ../nbs/23_pretrained.ipynb #124aff3e-1
 def read_norm(
     text: str, # a word of NORMS, or M,M,M/S,S,S
 ) -> tuple: # mean, std of [0, 1] images
@@ -279,6 +283,7 @@ def _licence(folder):
     found = re.search(r'^license:\s*(\S+)', text, re.M)
     return found[1] if found else 'that of the weights you supply'
 
+# %% ../nbs/23_pretrained.ipynb #2c47d174-1
 def timm_encoder(
     net, # TimmNet, weights loaded
     name, # its spec
@@ -308,6 +313,7 @@ def _fill(net, state, path, drop=()):
     net.model.load_state_dict(state)
     net.requires_grad_(False)
 
+# %% ../nbs/23_pretrained.ipynb #c5ca1632-1
 def _side(net, args, size):
     "The side a network wants: a transformer's own, else what is asked for."
     own = getattr(getattr(net.model, 'patch_embed', None), 'img_size', None)
@@ -381,6 +387,7 @@ def load_timm(
 # %% ../nbs/23_pretrained.ipynb #e63f8c6a
 PREFIXES = 'module.base_encoder.', 'base_encoder.', 'module.'
 
+# %% ../nbs/23_pretrained.ipynb #e63f8c6a-1
 def unwrap(
     raw, # what was in the file
     path, # named in the error
@@ -442,6 +449,7 @@ def load_pathoduet(
 # %% ../nbs/23_pretrained.ipynb #1240d9a0
 LITE0 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'  # sha256
 
+# %% ../nbs/23_pretrained.ipynb #1240d9a0-1
 # where the package put the weights; None = not installed
 def lite0_path() -> Path | None:
     "Look, import nothing."

@@ -46,6 +46,7 @@ def _bordered(g):  # (N, H, W) uint8 -> (N, H + 2, W + 2) int16
     "One mirrored pixel around each image, in numbers that may become negative."
     return np.pad(g, ((0, 0), (1, 1), (1, 1)), 'reflect').astype(np.int16)
 
+# %% ../nbs/05_quality.ipynb #443ac731-1
 def _mean(x):  # (N, ...) integers -> (N,) float64
     "Means of integer maps, summed exactly."
     return x.sum((1, 2), dtype=np.int64) / (x.shape[1] * x.shape[2])
@@ -79,6 +80,7 @@ def _histogram(g):  # (N, H, W) uint8 -> (N, 256) int64
     counts = [np.bincount(x.ravel(), minlength=256) for x in g]
     return np.array(counts, np.int64).reshape(len(g), 256)
 
+# %% ../nbs/05_quality.ipynb #1c5a6484-1
 def _entropy(n):  # (N, 256) counts -> (N,)
     "Bits per pixel of the grey histogram."
     p = n / n.sum(1, keepdims=True)
@@ -117,6 +119,7 @@ def _grid_jump(g):  # (N, H, W) uint8 -> (N,): columns only
     lines, steps = step[:, :, 7::8].shape[2], step.shape[2]
     return grid - (_mean(step) * steps - grid * lines) / (steps - lines)
 
+# %% ../nbs/05_quality.ipynb #94e9ee40-1
 def _block_spatial(g):  # (N, H, W) uint8 -> (N,)
     "Grid steps over inner steps, both directions."
     return (_grid_jump(g) + _grid_jump(g.swapaxes(1, 2))) / 2
@@ -124,6 +127,7 @@ def _block_spatial(g):  # (N, H, W) uint8 -> (N,)
 # %% ../nbs/05_quality.ipynb #24115ac2
 _COS = (np.cos((2 * np.arange(4) + 1) * np.pi / 16) / 2).astype(np.float32)  # DCT row 1
 
+# %% ../nbs/05_quality.ipynb #24115ac2-1
 def _low_pair(x):  # (8, ...) -> the two lowest DCT coefficients, (...) float32 each
     "Project the leading axis on the constant and on the half cosine."
     constant = x.sum(0, dtype=np.float32) * np.float32(8 ** -.5)
@@ -153,6 +157,7 @@ class QualityMetrics(NamedTuple):
     block_dct: float  # energy share of the 2 × 2 lowest of 8 × 8; [0, 1] or NaN
     tissue_frac: float  # share of pixels not brighter than GLASS; [0, 1]
 
+# %% ../nbs/05_quality.ipynb #0ba05f06-1
 METRICS = QualityMetrics._fields  # in the order of the columns
 
 # %% ../nbs/05_quality.ipynb #713caba9
@@ -178,6 +183,7 @@ def quality_metrics(
 BLOCKINESS = ('block_spatial', 'block_dct')
 _NO_SPREAD = 1e-9  # below the rounding of either metric: the patches are copies
 
+# %% ../nbs/05_quality.ipynb #79a05fe4-1
 def _labels(df, labels):  # -> (N,) array of class names
     "The labels given, or the column `label`."
     if labels is None and 'label' not in df:
@@ -229,6 +235,7 @@ _RANGES = dict(lap_var=(0, np.inf), entropy=(0, 8), white_ratio=_SHARE,
                sat_ratio=_SHARE, tenengrad=(0, np.inf), jpeg_blockiness=_ANY,
                tissue_frac=_SHARE)
 
+# %% ../nbs/05_quality.ipynb #f082b164-1
 def _fault_of(key, v) -> str | None:
     "Why a value cannot be a limit, None where it can."
     low, high = _RANGES[key[4:]]
@@ -269,6 +276,7 @@ def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), list(map(str, known)), 1, .5)
     return f'; did you mean {close[0]}?' if close else ''
 
+# %% ../nbs/05_quality.ipynb #1108d45d-1
 def _shown(name) -> str:
     "A key for a complaint of one line."
     name = str(name)
@@ -286,6 +294,7 @@ def _wrong_keys(spec: dict) -> str | None:
     lost = next((key for key in LIMITS if key not in spec), None)
     return lost and f'key {lost} is missing; add it (null = no limit)'
 
+# %% ../nbs/05_quality.ipynb #e3be6c6b-1
 def _record(label, spec, where) -> Thresholds:
     "One class of a file, or an `InputError` that names the class and the key."
     if isinstance(spec, Thresholds): return spec
@@ -320,6 +329,7 @@ def _once(pairs) -> dict:
     if twice: raise InputError(f'key {_shown(twice[0])} appears twice; keep one')
     return dict(pairs)
 
+# %% ../nbs/05_quality.ipynb #08c29170-1
 def _no_constant(name):
     raise InputError(f'{name} is no number; write null for no limit')
 
@@ -361,6 +371,7 @@ def _beyond(values, key, thresholds, labels) -> pd.Series:  # (N,) bool
     limit = np.array([np.nan if v is None else v for v in own], float)  # NaN: never
     return values < limit if key.startswith('min') else values > limit
 
+# %% ../nbs/05_quality.ipynb #5278c78a-1
 def _failures(df, labels, thresholds, stats) -> pd.DataFrame:
     "Which patch fails on what, the class's rule applied."
     if lost := [m for m in METRICS if m not in df]:
@@ -483,8 +494,10 @@ def _share_curve(v, minimum):  # (N,) values -> limits (n,), share kept at each
     k = np.arange(len(v))
     return v, (1 - k / len(v) if minimum else (k + 1) / len(v))
 
+# %% ../nbs/05_quality.ipynb #669d0f82-1
 def _plain(name): return f' {name}'.replace('$', r'\$')  # no formula, never hidden
 
+# %% ../nbs/05_quality.ipynb #669d0f82-2
 def _draw_shares(ax, key, values, labels, thresholds):
     "One limit: a curve per class, a dot where it is set."
     low = key.startswith('min')
@@ -541,6 +554,7 @@ def _spread(rows, n):  # n of the rows, evenly spaced
     if not len(rows): return rows
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
 
+# %% ../nbs/05_quality.ipynb #2c88cf02-1
 def _draw_patch(ax, img, title):
     "One picture, or an empty place."
     ax.axis('off')

@@ -57,6 +57,7 @@ def folder_patches(
     df = df[label.isin(classes)]
     return Patches(_pixels(df.path, size), label[df.index].to_numpy(str), name)
 
+# %% ../nbs/62_reals.ipynb #845ec74b-1
 def _pixels(paths, size): return np.stack([resize(read_rgb(p), size) for p in paths])
 
 # %% ../nbs/62_reals.ipynb #6bea8726
@@ -130,6 +131,7 @@ def open_reals(
     return Reals(train, data.dataset('train').paths, halves, teach, reference,
                  held_out([val, test, reference]))
 
+# %% ../nbs/62_reals.ipynb #e5000ff4-1
 def _reference(given, test, fresh, val) -> Patches:
     "The best set that the generator has not seen."
     if given: return given
@@ -139,6 +141,7 @@ def _reference(given, test, fresh, val) -> Patches:
     raise InputError('the run set no patches aside to compare with; '
                      'give --real FOLDER with a folder per class')
 
+# %% ../nbs/62_reals.ipynb #e5000ff4-2
 def _few_aside(halves):
     "Half of the training reals stands in for a reference."
     b = halves[1]._replace(
@@ -174,6 +177,7 @@ def parts_for(
     )
     return teach, (reals.take(part == 1), reals.take(part == 2))
 
+# %% ../nbs/62_reals.ipynb #e5397684-1
 def held_out(
     sets: list[Patches],  # some may be empty, one may be there twice
     most: int = 2000,  # patches in all; decided

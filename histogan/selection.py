@@ -70,6 +70,7 @@ def poses(
     "Four rotations, plain and mirrored."
     return [m.rot90(r, (2, 3)) for m in (x, x.flip(3)) for r in range(4)]
 
+# %% ../nbs/42_selection.ipynb #dd5eb3e9-1
 def squared_distances(
     a: torch.Tensor,  # (N, d) float64
     b: torch.Tensor,  # (M, d) float64
@@ -93,6 +94,7 @@ def pose_distances(
 # %% ../nbs/42_selection.ipynb #2f6b4417
 TAIL = .05  # share of reals that count as repeating each other; decided
 
+# %% ../nbs/42_selection.ipynb #2f6b4417-1
 def repeats(
     fake: torch.Tensor,  # (N, N) from pose_distances
     *reals: torch.Tensor,  # (N, N) each: sets of equally many reals
@@ -146,6 +148,7 @@ class Embedded(NamedTuple):
     features: torch.Tensor  # (N, d)
     gaps: list  # per class: pose_distances
 
+# %% ../nbs/42_selection.ipynb #fb4c37ba-1
 @torch.no_grad()
 def embed(
     classifier,  # x -> (logits, features); spatial, or layouts stand in for it
@@ -171,7 +174,7 @@ def equal_numbers(
     each = torch.stack([n, *m]).amin(0)
     return each, int((n[each > 0] // each[each > 0]).min()) if each.any() else 1
 
-
+# %% ../nbs/42_selection.ipynb #8c3a4c87-1
 def _part(s, each, k=0):
     "Features of the k-th part of a set, and its distances class by class."
     spans = [slice(k * int(m), (k + 1) * int(m)) for m in each]
@@ -281,6 +284,7 @@ def shortfalls(
         fd=above(q.fd / max(q.fd_real, 1e-9), cfg.max_fd_ratio),
     )
 
+# %% ../nbs/42_selection.ipynb #3b994c3d-1
 def _mean(v): return sum(v) / len(v)
 
 # %% ../nbs/42_selection.ipynb #37e8dd37
@@ -298,6 +302,7 @@ class SelectionState:
     best: float = math.inf  # lowest score so far
     best_step: int | None = None  # newest step that ties with it; None = none yet
 
+# %% ../nbs/42_selection.ipynb #7e614298-1
 @dataclass(frozen=True)
 class SelectionVerdict(Verdict):
     "A verdict that carries the score."
@@ -339,6 +344,7 @@ class Considered(NamedTuple):
     card: dict  # metric, value and quality, for the model's card
     event: dict  # for the log; empty when nothing was scored
 
+# %% ../nbs/42_selection.ipynb #3c6c2d75-1
 class Chooser:
     "Which checkpoint is the best."
     def __init__(self,
@@ -368,6 +374,7 @@ def _keep_classified(self: Chooser):
     y = self.real[0].y
     self.y = y.repeat(-(-self.n // len(y)))
 
+# %% ../nbs/42_selection.ipynb #ba56cbb9-1
 @patch
 @torch.no_grad()
 def _keep_random(self: Chooser, reals):
@@ -409,11 +416,13 @@ def _by_distance(self: Chooser, step, x):
     if better: self.state = SelectionState(value, step)
     return Considered(better, dict(metric='fd-random', value=value), {})
 
+# %% ../nbs/42_selection.ipynb #89ddd323-1
 @patch(as_prop=True)
 def best(self: Chooser) -> float:
     "Lowest score so far."
     return self.state.best
 
+# %% ../nbs/42_selection.ipynb #89ddd323-2
 @patch(as_prop=True)
 def best_step(self: Chooser) -> int | None:
     "Step of the best checkpoint."
@@ -426,6 +435,7 @@ def state_dict(self: Chooser) -> dict:  # JSON-able
     key = self.classifier.key if self.metric == 'selection' else ''
     return dict(metric=self.metric, classifier=key, **asdict(self.state))
 
+# %% ../nbs/42_selection.ipynb #929f6bcc-1
 @patch
 def load_state_dict(self: Chooser,
     saved: dict,  # of state_dict; older files hold best and best_step alone
@@ -465,6 +475,7 @@ def open_chooser(
     at = np.array_split(np.arange(len(held)), -(-len(held) // 64))
     return Chooser('fd', cfg, reals=(_batch(held, i) for i in at), n=n)
 
+# %% ../nbs/42_selection.ipynb #04de3463-1
 def _batch(part, i):
     "Patches of a split as networks take them."
     x = torch.from_numpy(np.ascontiguousarray(part.pixels(i))).permute(0, 3, 1, 2)
@@ -485,6 +496,7 @@ def effective_dimensions(
         )
     )
 
+# %% ../nbs/42_selection.ipynb #3b4faa99-1
 def _participation(centred):
     "(tr C)² / tr C², from the smaller of the two products."
     gram = (

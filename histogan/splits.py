@@ -39,6 +39,7 @@ class Inspected(NamedTuple):
 # %% ../nbs/02_splits.ipynb #8c71bb18
 _FACTS = ('width', 'height', 'sha256', 'size', 'mtime_ns', 'mpp')
 
+# %% ../nbs/02_splits.ipynb #8c71bb18-1
 def _examine(path, size) -> tuple | str:  # (facts, thumbnail, resized) or the fault
     "Decode one file and take everything from it that is needed later."
     try: (img, mpp), (length, time) = _read(path), stamp(path)

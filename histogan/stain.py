@@ -19,6 +19,7 @@ from .data import InputError, warn_line
 # %% ../nbs/06_stain.ipynb #4a0332e9
 METHODS = ('vahadane', 'macenko', 'reinhard')
 
+# %% ../nbs/06_stain.ipynb #4a0332e9-1
 @dataclass(frozen=True)
 class StainConfig:
     "How stains are estimated, scaled and, where there are none, refused"
@@ -71,18 +72,20 @@ _TO_XYZ = (_XYZ / _XYZ.sum(1, keepdims=True)).astype(np.float32)
 _TO_RGB = np.linalg.inv(_TO_XYZ)
 _KNEE = 6 / 29  # f is straight below this value of f; CIE 1976
 
-
+# %% ../nbs/06_stain.ipynb #2be73136-1
 def _linear(v): return np.where(v <= .04045, v / 12.92, ((v + .055) / 1.055)**2.4)
+
+# %% ../nbs/06_stain.ipynb #2be73136-2
 def _gamma(v):
     return np.where(
         v <= 0.0031308, 12.92 * v, 1.055 * np.maximum(v, 1e-9) ** (1 / 2.4) - 0.055
     )
 
-
+# %% ../nbs/06_stain.ipynb #2be73136-3
 def _cube_root(t):
     return np.where(t > _KNEE**3, np.cbrt(t), t / (3 * _KNEE**2) + 4 / 29)
 
-
+# %% ../nbs/06_stain.ipynb #2be73136-4
 # black counts as grey value 1
 def _density(v): return np.maximum(-np.log(np.maximum(v, 1 / 255)), 1e-6)
 
@@ -98,10 +101,12 @@ _CUBE_ROOT, _GAMMA, _LIGHT_DENSITY = (
 _DEEP = 8  # density at which 255 exp(-density) rounds to 0; end of the next table
 _FADE = np.exp(-_DEEP * _GRID).astype(np.float32)
 
+# %% ../nbs/06_stain.ipynb #f213de60-1
 def _look(table, t):  # t in [0, 1]; outside is clipped
     "The nearest entry of a table over `_GRID`."
     return table.take((t * (1 << 14) + .5).astype(np.int32), mode='clip')
 
+# %% ../nbs/06_stain.ipynb #f213de60-2
 def _mix(matrix, x):  # (k, m), (m, n) -> (k, n) of the dtype of x
     "`matrix @ x` with one order of summation on every processor."
     return np.stack(
@@ -116,6 +121,7 @@ def to_lab(
     fx, fy, fz = _look(_CUBE_ROOT, _mix(_TO_XYZ, _LINEAR[img.reshape(-1, 3).T]))
     return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
+# %% ../nbs/06_stain.ipynb #ac21febf-1
 def from_lab(
     lab: np.ndarray,  # (3, n): L in [0, 100], a, b
 ) -> np.ndarray:  # (3, n) linear light; in [0, 1] inside the gamut
@@ -142,6 +148,7 @@ def not_black(
     r, g, b = img.transpose(2, 0, 1)
     return np.maximum(np.maximum(r, g), b) >= cfg.black
 
+# %% ../nbs/06_stain.ipynb #blackpix-1
 def _inside(img, on):  # (H, W, 3), (H, W) bool -> (H, W) bool
     "Without the pixels beside black, where compression mixed the two."
     if on.all() or not img[~on].any(): return on
@@ -162,6 +169,7 @@ class Light(NamedTuple):
     tissue: np.ndarray  # (n,) bool: clear, and darker than glass
     top: float  # lightness of the white point before that; 0: all is black
 
+# %% ../nbs/06_stain.ipynb #litcell1-1
 def light_of(
     img: np.ndarray,  # (H, W, 3) uint8
     cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black
@@ -183,6 +191,7 @@ def optical_density(
     light = light_of(img, cfg)
     return _od(img, light, cfg), light.tissue
 
+# %% ../nbs/06_stain.ipynb #e08f832c-1
 def _od(img, light, cfg):  # -> (3, n) float32 > 0
     "Density of every pixel."
     if not cfg.standardise: return _BYTE_DENSITY[img.reshape(-1, 3).T]
@@ -229,6 +238,7 @@ def _correlation(a, b):  # two (n,) float -> float
     size = ((a * a).sum() * (b * b).sum())**.5
     return float((a * b).sum() / size) if size > 0 else 0.
 
+# %% ../nbs/06_stain.ipynb #exchang1-1
 def _exchanged(matrix, scale, od, c) -> bool:
     "Darkness contradicts the order by red more strongly than red speaks for it."
     step = max(1, od.shape[1] >> 12) | 1  # some 4,000 pixels
@@ -240,11 +250,13 @@ def _exchanged(matrix, scale, od, c) -> bool:
 # %% ../nbs/06_stain.ipynb #62e3dba0
 _START = _ordered([[.65, .70, .29], [.07, .99, .11]])  # H, E; Ruifrok & Johnston 2001
 
+# %% ../nbs/06_stain.ipynb #62e3dba0-1
 @lru_cache(8)
 def _drawn(total, n, seed):  # -> (4, n) int32
     "Four random positions for each of n places in the sample."
     return np.random.default_rng(seed).integers(0, total, (4, n), np.int32)
 
+# %% ../nbs/06_stain.ipynb #62e3dba0-2
 def _chosen(tissue, n, seed):  # (n_all,) bool -> (n,) positions of tissue
     "A random sample of tissue that changes little when little of the tissue does."
     at = _drawn(len(tissue), n, seed)
@@ -255,6 +267,7 @@ def _chosen(tissue, n, seed):  # (n_all,) bool -> (n,) positions of tissue
         at[miss] = where[at[miss] % len(where)]
     return at
 
+# %% ../nbs/06_stain.ipynb #62e3dba0-3
 def _vahadane(od, tissue, cfg):  # (3, n), (n,) -> (2, 3)
     "Non-negative sparse dictionary of two stains, by SPAMS with counted iterations."
     import spams
@@ -269,6 +282,7 @@ def _vahadane(od, tissue, cfg):  # (3, n), (n,) -> (2, 3)
 LITTLE, FLAT, UNAVAILABLE = 'little tissue', 'stains not separable', 'no spams'
 DARK, TURNED = 'too dark', 'brightness not kept'  # why a patch passed through
 
+# %% ../nbs/06_stain.ipynb #eae43788-1
 class Measured(NamedTuple):
     "What one patch says about its colours"
     reason: str  # empty, or why the patch must be left as it is
@@ -276,6 +290,7 @@ class Measured(NamedTuple):
     pixels: np.ndarray  # (2, n) amounts of stain, or (3, n) L*a*b*
     on: np.ndarray  # (n,) bool: not black
 
+# %% ../nbs/06_stain.ipynb #eae43788-2
 class StainReport(NamedTuple):
     "What became of each patch of a batch"
     reasons: tuple[str, ...]  # empty where normalised, else why it passed through
@@ -298,6 +313,7 @@ def _unfit(light, cfg) -> str:  # empty, or a reason
 # %% ../nbs/06_stain.ipynb #71406d72
 _STAINS = dict(vahadane=_vahadane, macenko=_macenko)
 
+# %% ../nbs/06_stain.ipynb #71406d72-1
 def _measure_stains(img, method, cfg) -> Measured:
     "Stain matrix, amounts and their scale."
     light = light_of(img, cfg)
@@ -331,6 +347,7 @@ def _from_amounts(seen, target, even=False):  # -> (3, n) uint8
     density = _mix((target['matrix'] * gain[:, None]).T, seen.pixels)
     return (255 * _look(_FADE, density / _DEEP) + np.float32(.5)).astype(np.uint8)
 
+# %% ../nbs/06_stain.ipynb #f501d01d-1
 def _from_statistics(seen, target, even=False):  # -> (3, n) uint8
     "Reinhard's shift and stretch."
     wide = (target['std'] / seen.stats['std']).astype(np.float32)[:, None]
@@ -345,6 +362,7 @@ def _grey(x):  # (n, 3) uint8 -> (n,) int32, 256 times the brightness
     r, g, b = x.T.astype(np.int32)
     return 77 * r + 150 * g + 29 * b
 
+# %% ../nbs/06_stain.ipynb #matchpic-1
 def _match(before, after, on) -> float:  # two (n, 3) uint8; in [-1, 1]
     "Correlation of brightness where it is not black; some 16,000 pixels are enough."
     if not on.all(): before, after = before[on], after[on]
@@ -366,10 +384,12 @@ def _images(x):
         )
     return x
 
+# %% ../nbs/06_stain.ipynb #080892fe-1
 def _one_image(x):  # (N, H, W, 3) -> (N * H, W, 3)
     "Patches below each other: whatever follows only counts pixels."
     return x.reshape(-1, *x.shape[-2:])
 
+# %% ../nbs/06_stain.ipynb #080892fe-2
 def _method(name):
     "Refuse an unknown method."
     if name not in METHODS:
@@ -378,6 +398,7 @@ def _method(name):
         )
     return name
 
+# %% ../nbs/06_stain.ipynb #080892fe-3
 def _spams_fault() -> str:  # empty when it works
     "Why SPAMS cannot be imported."
     try: import spams
@@ -471,6 +492,7 @@ def state_dict(self: StainNormalizer) -> dict:  # of strings and lists
         target=self.target and {k: v.tolist() for k, v in self.target.items()},
     )
 
+# %% ../nbs/06_stain.ipynb #999d9390-4-1
 @patch
 def load_state_dict(self: StainNormalizer,
     state: dict,  # from state_dict
@@ -506,6 +528,7 @@ def separate(
     if seen.reason: raise InputError(f'stain: {seen.reason} in this patch')
     return seen.stats['matrix'], seen.pixels.reshape(2, *img.shape[:2])
 
+# %% ../nbs/06_stain.ipynb #11b555ae-1
 def stain_matrix(
     img: np.ndarray,  # (H, W, 3) uint8
     method: str = 'vahadane',  # or macenko

@@ -78,6 +78,7 @@ GUARDS = dict(ada=AdaState, gate=GateState, sat=SaturationState,
               nonfinite=NonFiniteState)
 NUMBERS = ('step', 'n_img')
 
+# %% ../nbs/52_step.ipynb #643f043b-1
 def state_dict(
     s: TrainState,  # to save
 ) -> dict:  # tensors and plain values only
@@ -122,6 +123,7 @@ def _load_part(s, name, saved):
         told = f'checkpoint: {name} is of another architecture ({why})'
         raise InputError(told) from None
 
+# %% ../nbs/52_step.ipynb #b5a05931-1
 def _old_choice(saved):
     "The best so far as files before version 0.2 hold it."
     old = saved.get('selection') or saved.get('gates') or {}
@@ -177,6 +179,7 @@ def _networks(cfg, encoder, device):
     G_ema.load_state_dict(G.state_dict())
     return [m.to(device, memory_format=layout) for m in (G, D, G_ema)]
 
+# %% ../nbs/52_step.ipynb #71f60d1e-1
 def _adam(net, lr, cfg):
     "Adam over what is trained; fused: one kernel for all parameters."
     params = [p for p in net.parameters() if p.requires_grad]
@@ -235,6 +238,7 @@ def wants_encoder(
     if s.encoder is None: return False
     return s.cfg.heads or wants_vector(s, for_G)
 
+# %% ../nbs/52_step.ipynb #aa666c6e-1
 def wants_vector(
     s: TrainState,  # read only
     for_G: bool = True,  # the G step may also need the perceptual features
@@ -531,6 +535,7 @@ def lrs_at(
           'constant': lambda lr: lr}[o.schedule]
     return of(o.lr_g), of(o.lr_d)
 
+# %% ../nbs/52_step.ipynb #2e9c9c6c-1
 def set_lr(
     s: TrainState,  # both optimisers change
 ) -> tuple[float, float]:  # learning rates of G and of D for this step
@@ -582,6 +587,7 @@ COLUMNS = (*RECIPE_COLUMNS, *'''n_img lr_g lr_d d_grad_norm g_grad_norm real_mea
     fake_mean_abs gate_on alpha_max lambda_perceptual nonfinite_run
     nonfinite_total'''.split(), *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
 
+# %% ../nbs/52_step.ipynb #e92ff202-1
 def row_of(
     s: TrainState,  # after the step
     d: Terms,  # of the D step

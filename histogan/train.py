@@ -57,6 +57,7 @@ def open_choice(
             'the best model so far was scored by other rules; choosing begins again'
         )
 
+# %% ../nbs/54_train.ipynb #09efefc4-1
 def _with_classifier(cfg, key, file):
     "The hash of the classifier goes into the configuration; another one is refused."
     was = cfg.made.classifier
@@ -102,6 +103,7 @@ def keep_best(
     save_checkpoint(folder / 'checkpoints' / 'cgan_best_model.pt',
                     dict(card=card, G_ema=s.G_ema.state_dict()))
 
+# %% ../nbs/54_train.ipynb #cbf46c76-1
 def facts_of(
     s: TrainState,  # read only
     data,  # what open_data gave
@@ -147,6 +149,7 @@ def open_patches(
     return in_turn(open_data, patches, manifest, progress=rank() == 0, rank=rank(),
                    world=world(), cache_dir=folder.parent / 'cache' / 'patches')
 
+# %% ../nbs/54_train.ipynb #06cf7af0-1
 NOT_PREPARED = (
     'the patches are used as they are: the original recipe normalises their stain '
     '(Vahadane) and leaves out those of poor quality; to do both, python -m '
@@ -236,11 +239,13 @@ def phantom_root(
     root = f'{_drawings(cfg)}-v{PHANTOM_VERSION}'
     return str(make_phantom(root, p.per_class, size, p.seed, workers=os.cpu_count() or 1))
 
+# %% ../nbs/54_train.ipynb #6cd1ae03-1
 def _drawings(cfg):
     "Where the phantom of a configuration lies, its version left out."
     name = f'phantom-{cfg.data.image_size}px-{cfg.phantom.per_class}'
     return Path(cfg.out).parent / 'cache' / f'{name}-seed{cfg.phantom.seed}'
 
+# %% ../nbs/54_train.ipynb #6cd1ae03-2
 def data_of(
     cfg: Config,  # of a run
     table=None,  # manifest of a run that is resumed
@@ -251,6 +256,7 @@ def data_of(
     root = _drawn_before(cfg, table) or in_turn(phantom_root, cfg)
     return replace(cfg.data, root=root, group_regex=groups)
 
+# %% ../nbs/54_train.ipynb #6cd1ae03-3
 def _drawn_before(cfg, table):
     "The drawings of an earlier version, when a run began on them and they are there."
     folder = _drawings(cfg)
@@ -278,6 +284,8 @@ def total_steps(
 
 # %% ../nbs/54_train.ipynb #2e3b50d8
 RUN_FOLDERS = ('samples', 'checkpoints', 'artifacts', 'metrics')
+
+# %% ../nbs/54_train.ipynb #2e3b50d8-1
 def start_folder(
     s: TrainState,  # at step 0
     folder: Path,  # claimed
@@ -506,6 +514,7 @@ def finish(
     )
     return s
 
+# %% ../nbs/54_train.ipynb #cffcec7a-1
 def best_words(
     s: TrainState,  # at its last step
 ) -> str:  # ', best model of step …', or '' where nothing was scored
@@ -527,6 +536,7 @@ def peak_memory(
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+# %% ../nbs/54_train.ipynb #5cc35526-1
 def _windows_peak():
     "PeakWorkingSetSize of PROCESS_MEMORY_COUNTERS."
     import ctypes
@@ -577,6 +587,7 @@ def main(
     where = f'process {rank()}' if rank() else ''
     return run_program(_main, argv, early, where, _known)
 
+# %% ../nbs/54_train.ipynb #93b60ff3-1
 def _main(argv):
     "Parse, then train or time."
     args = parse_args(argv)
@@ -585,6 +596,7 @@ def _main(argv):
         for k, v in dry_run(args.config).items(): print(f'{k}: {v}')
     return 0
 
+# %% ../nbs/54_train.ipynb #93b60ff3-2
 def _known(e):
     "Exit code and last words for what only several processes meet."
     if isinstance(e, Elsewhere): return 2, ''  # the first process has said why
