@@ -24,12 +24,13 @@ from PIL import Image, ImageDraw, ImageFont
 from typing import NamedTuple
 from .classifier import HeldOutClassifier, fit_held_out
 from .config import pick_amp, pick_device
-from .core import InputError, Stopped, read_json, run_program, warn_line
+from .core import InputError, Stopped, read_json, warn_line
 from .core import write_file, write_json, write_table
 from .data import CLASSES, inspect, scan
 from .encoder import CNNConfig, lite0_path
 from .log import grid_image, sample
 from .phantom import make_phantom
+from .process import run_program
 from .selection import SelectionConfig, quality
 from .train import locked, train
 

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 import tyro
 from .chunks import square
-from .core import InputError, read_table, run_program, write_json
+from .core import InputError, read_table, write_json
 from .data import SPLITS, _in_threads, load_prepared, read_all
 from .images import read_rgb, resize
 from .page import figure, page, section, table, text, write_page
 from .prepare import parse
+from .process import run_program
 
 # %% ../nbs/09_audit.ipynb #584851b9
 TREES = 200  # of the ensemble; decided

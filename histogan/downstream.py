@@ -24,9 +24,10 @@ from .baseline import confusion, few, fit_temperature, make_classifier
 from .baseline import plot_confusion, plot_reliability, recalls, scores
 from .checkpoint import load_generator
 from .core import InputError, digest, file_digest, moved, read_json
-from .core import run_program, versions, warn_line, write_file, write_json
+from .core import versions, warn_line, write_file, write_json
 from .core import write_table
 from .eval import EvalArgs, deal, draw_synthetic, fresh_phantom, pick, split_of
+from .process import run_program
 from .train import open_patches
 
 # %% ../nbs/65_downstream.ipynb #sources

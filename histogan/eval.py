@@ -21,7 +21,7 @@ from .checkpoint import load_generator
 from .classifier import FEWEST, HeldOutClassifier, fit_held_out
 from .copying import copying_check, draw_pairs, layout_extractor, pairs_table
 from .copying import pixel_extractor, save_copying
-from .core import moved, InputError, run_program, versions, warn_line, write_json
+from .core import moved, InputError, versions, warn_line, write_json
 from .core import write_table
 from .data import read_rgb, scan
 from .dist import elsewhere, in_turn, local_rank, on_first, processes, rank
@@ -32,6 +32,7 @@ from .features import absent, at_most, counts, encoder_extractor, fetch
 from .features import find_weights, lpips_distance, missing, open_extractor
 from .generate import fingerprint, generate
 from .metrics import LEAST, ROW, FIDLPIPSEvaluator
+from .process import run_program
 from .reals import Reals, _pixels, open_reals, parts_for
 
 # %% ../nbs/63_eval.ipynb #cd3971c4

@@ -22,12 +22,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from typing import Literal
 from .checkpoint import export_generator, load_generator
-from .core import InputError, hasher, read_json, read_table, run_program
+from .core import InputError, hasher, read_json, read_table
 from .core import safe_names, warn_line, write_file, write_json, write_table
 from .data import to_uint8
 from .dist import barrier, elsewhere, local_rank, on_first, processes, rank
 from .dist import shard, world
 from .generator import Generator
+from .process import run_program
 
 # %% ../nbs/55_generate.ipynb #f688659f
 def patch_seed(

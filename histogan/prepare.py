@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/07_prepare.ipynb #76abfc25
 from .chunks import CHUNK, Job, do_chunk, record_path, reduced, square
-from .core import (InputError, clear_torn, file_digest, follow_parent, hasher,
-                           lock, moved, read_json, read_table, run_program, versions,
-                           wait_for, warn_line, write_json, write_table)
+from .core import InputError, clear_torn, file_digest, hasher, lock
+from .core import moved, read_json, read_table, versions, warn_line
+from .core import write_json, write_table
 from .data import (HEADER, PREPARED, PREPARED_FORMAT, SPLITS, Inspected,
                            classes_line, file_groups, is_prepared, load_manifest,
                            named, prepared_card, read_all, reserve_images, scan, split)
 from .images import RESIZE, THUMB, pixel_hash, read_rgb, stamp, thumbnail
+from .process import follow_parent, run_program, wait_for
 from .splits import find_copies
 from .quality import METRICS, filter_of, jpeg_blockiness
 from .stain import METHODS, StainConfig, StainNormalizer, pick_target

@@ -22,7 +22,7 @@ from .card import distances, downstream_table, findings_of, flat, model_card
 from .card import model_of, overall, read_run, scale_words, source_words
 from .card import verdicts
 from .checkpoint import load_generator
-from .core import InputError, file_digest, moved, read_json, run_program
+from .core import InputError, file_digest, moved, read_json
 from .core import versions, write_file
 from .data import CLASSES, SPLITS, load_manifest, read_rgb, resize, to_uint8
 from .downstream import summarise, wide
@@ -30,6 +30,7 @@ from .generate import draw, patch_seed
 from .generator import FRONT
 from .guards import saturation_threshold
 from .page import figure, page, section, table, text, write_page
+from .process import run_program
 
 # %% ../nbs/67_report.ipynb #sheet
 _CLASSES_SHOWN = 20  # more make a page nobody scrolls through; decided

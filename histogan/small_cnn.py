@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
-from .core import InputError, hasher, lock, wait_for, write_file
+from .core import InputError, hasher, lock, write_file
 from .frozen import Encoder, check_tensors, evenly, read_tensors, shapes_of
+from .process import wait_for
 
 # %% ../nbs/22_small_cnn.ipynb #e0b37da9
 def cnn_augment(

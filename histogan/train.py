@@ -7,7 +7,7 @@ __all__ = ['NOT_PREPARED', 'RUN_FOLDERS', 'open_choice', 'save', 'keep_best', 'f
            'open_encoder', 'cache_fault', 'cached_features', 'check_share', 'claim', 'phantom_root', 'data_of',
            'total_steps', 'start_folder', 'resume_state', 'newest_whole', 'check_length', 'restore_sampler',
            'note_changes', 'locked', 'claimable', 'batches', 'train', 'loop', 'open_log', 'stop_by_guard', 'finish',
-           'best_words', 'peak_memory', 'dry_run', 'main']
+           'best_words', 'dry_run', 'main']
 
 # %% ../nbs/54_train.ipynb #4cbac54a
 from .config import Config, device_name, differing, load_config
@@ -22,8 +22,7 @@ from tqdm.auto import tqdm
 from .checkpoint import checkpoint_path, checkpoints, export_generator
 from .checkpoint import generator_card, load_checkpoint, prune
 from .checkpoint import save_checkpoint
-from .core import InputError, Stopped, clear_torn, interruption, lock
-from .core import moved, run_program, warn_line
+from .core import InputError, Stopped, clear_torn, lock, moved, warn_line
 from .data import is_prepared, load_manifest, open_data, save_manifest
 from .dist import Elsewhere, any_rank, from_first, gather, in_turn
 from .dist import lost_peer, on_first, processes, rank, world
@@ -33,6 +32,7 @@ from .guards import steps_differ
 from .log import RunLog, draw_grid, note_down, opening_line, plot_curves
 from .log import sample
 from .phantom import PHANTOM_VERSION, make_phantom
+from .process import interruption, peak_memory, run_program
 from .selection import open_chooser
 from .step import TrainState, build, load_state_dict, lrs_at, state_dict
 from .step import train_step
@@ -157,24 +157,17 @@ NOT_PREPARED = (
 
 # %% ../nbs/54_train.ipynb #675d2f97
 def open_encoder(
-    cfg: Config, data, folder: Path  # as parsed  # what open_data gave  # of the run
-) -> (
-    tuple
-):  # the encoder or None, on the run's device; the configuration with its hashes
+    cfg: Config,  # as parsed
+    data,  # what open_data gave
+    folder: Path,  # of the run
+) -> tuple:  # the encoder or None, on the run's device; cfg with its hashes
     "The frozen encoder; its weights are part of the run."
     device, file = pick_device(cfg), folder / 'artifacts' / 'encoder.safetensors'
     was = dict(line.rsplit(' ', 1) for line in cfg.made.encoder)
     kept = file if file.is_file() or not was else None  # another one is not kept
-    encoder = in_turn(
-        load_encoder,
-        cfg.encoder,
-        num_classes=len(data.classes),
-        data=data,
-        cache_dir=folder.parent / 'cache',
-        size=cfg.data.image_size,
-        device=str(device),
-        kept=kept,
-    )
+    encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes),
+                      data=data, cache_dir=folder.parent / 'cache',
+                      size=cfg.data.image_size, device=str(device), kept=kept)
     if encoder is None: return None, cfg
     check_encoder(encoder, was, file)
     found = tuple(f'{part} {sha}' for part, sha in encoder_hashes(encoder).items())
@@ -345,13 +338,10 @@ def check_length(
     if same or rank() or not s.step or new[0] < 1.2 * old[0]: return
     warn_line(
         f'the schedule is stretched over {s.total} steps: the learning rate of G goes '
-        f'from '
-        f'{old[0]:.3g} at step {s.step} to {new[0]:.3g}; to go on at the last rates '
-        f'add '
-        f'--optim.schedule constant --optim.lr-g {old[0]:.3g} --optim.lr-d '
-        f'{old[1]:.3g} '
-        '--allow-change run.steps optim.schedule optim.lr_g optim.lr_d'
-    )
+        f'from {old[0]:.3g} at step {s.step} to {new[0]:.3g}; to go on at the last '
+        f'rates add --optim.schedule constant --optim.lr-g {old[0]:.3g} '
+        f'--optim.lr-d {old[1]:.3g} --allow-change run.steps optim.schedule '
+        'optim.lr_g optim.lr_d')
 
 # %% ../nbs/54_train.ipynb #61015db7
 def restore_sampler(
@@ -525,30 +515,6 @@ def best_words(
     at = f' of step {step}' if step else ''
     return f', best model{at} (lowest score {best:.4g})'
 
-# %% ../nbs/54_train.ipynb #5cc35526
-def peak_memory(
-    device: torch.device,  # of the run
-) -> int:  # bytes; 0 where the system does not say
-    "The most memory this process has used, on the device."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated()
-    try: import resource
-    except ImportError: return _windows_peak()
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-# %% ../nbs/54_train.ipynb #5cc35526-1
-def _windows_peak():
-    "PeakWorkingSetSize of PROCESS_MEMORY_COUNTERS."
-    import ctypes
-    try: kernel = ctypes.windll.kernel32
-    except AttributeError: return 0
-    counters = (ctypes.c_size_t * 10)()
-    size = ctypes.sizeof(counters)
-    kernel.GetCurrentProcess.restype = ctypes.c_void_p
-    me = ctypes.c_void_p(kernel.GetCurrentProcess())
-    ok = kernel.K32GetProcessMemoryInfo(me, counters, size)
-    return counters[1] if ok else 0  # two 4-byte fields, then the peak
-
 # %% ../nbs/54_train.ipynb #0540f9e1
 def dry_run(
     cfg: Config,  # as parsed
@@ -562,8 +528,10 @@ def dry_run(
         train_step(s, *next(steps)[:2])
         started = time.perf_counter()
         for _ in range(n): train_step(s, *next(steps)[:2])
-        if s.device.type == 'cuda': torch.cuda.synchronize()
+        on_gpu = s.device.type == 'cuda'
+        if on_gpu: torch.cuda.synchronize()
         each = max(gather((time.perf_counter() - started) / n))
+    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(
         G_parameters=count(s.G),
@@ -571,7 +539,7 @@ def dry_run(
         classes=len(data.classes),
         patches=len(data.dataset('train')),
         steps=s.total,
-        memory_mb=round(peak_memory(s.device) / 2**20),
+        memory_mb=round(memory / 2**20),
         seconds_per_step=round(each, 3),
         images_per_second=round(cfg.data.batch_size / each, 1),
         hours=round(each * s.total / 3600, 2),

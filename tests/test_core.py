@@ -8,7 +8,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from conftest import ROOT, run_python
 from histogan import core
-from histogan.core import InputError, clear_torn, lock, read_table, run_program, safe_names, write_file, write_table
+from histogan.core import InputError, clear_torn, lock, read_table, safe_names, write_file, write_table
+from histogan.process import run_program
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='signals and locks of POSIX')
 
@@ -188,7 +189,7 @@ def test_a_process_does_not_hold_a_place_twice(tmp_path):
 
 LOOP = '''
 import sys, time
-from histogan.core import interruption, run_program
+from histogan.process import interruption, run_program
 def loop(argv=None):
     with interruption() as heard:
         print('ready', flush=True)
@@ -216,7 +217,7 @@ def test_two_interrupts_end_a_command_and_spare_a_kernel(kind, code):
 
 @posix
 def test_a_reader_that_leaves_ends_a_program_quietly():
-    body = 'from histogan.core import run_program; import sys; sys.exit(run_program(lambda a: [print(i) for i in range(100000)] and 0))'
+    body = 'from histogan.process import run_program; import sys; sys.exit(run_program(lambda a: [print(i) for i in range(100000)] and 0))'
     p = start(body)
     p.stdout.readline()
     p.stdout.close()

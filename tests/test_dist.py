@@ -114,7 +114,8 @@ MEETS = '''
 import os, sys, time, signal
 import torch
 from histogan import dist
-from histogan.core import run_program, say
+from histogan.core import say
+from histogan.process import run_program
 gpus, minutes, hours, kind = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 torch.cuda.device_count = lambda: gpus
 torch.cuda.set_device = lambda d: None
