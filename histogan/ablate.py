@@ -9,6 +9,7 @@ __all__ = ['D_WIDTH', 'PATH', 'NEIGHBOURS', 'ROWS', 'FIGURES', 'SHOWN', 'get', '
            'Plan', 'plan', 'ablate', 'save_reals', 'main']
 
 # %% ../nbs/56_ablate.ipynb #ee445cb5
+from . import startup  # answers a known --help, before all else loads
 from .config import Config, PRESETS, differing, from_dict, modern, renewed
 from .config import suggestion, tyro_parse
 

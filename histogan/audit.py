@@ -7,6 +7,7 @@ __all__ = ['TREES', 'AUDIT_PER_CLASS', 'BOOT', 'SHEET', 'CELL', 'histogram', 'ba
            'mean_colours', 'leaks', 'copy_counts', 'sheet', 'audit', 'AuditArgs', 'main']
 
 # %% ../nbs/09_audit.ipynb #ed1e6858
+from . import startup  # answers a known --help, before all else loads
 import json, os, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from dataclasses import dataclass, replace
 from pathlib import Path
-from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.functional import classification as tm
 from typing import NamedTuple
 from .core import InputError, digest
 from .encoder import SmallCNN, cnn_augment, read_tensors, unwrap
@@ -280,8 +278,9 @@ def confusion(
     y: np.ndarray,  # (N,) true classes
 ) -> np.ndarray:  # (C, C) counts: row true, column predicted
     "How often each class is called what."
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
     z, t = torch.as_tensor(logits), torch.as_tensor(y)
-    return tm.multiclass_confusion_matrix(z.argmax(1), t, z.shape[1]).numpy()
+    return multiclass_confusion_matrix(z.argmax(1), t, z.shape[1]).numpy()
 
 # %% ../nbs/64_baseline.ipynb #804ab8c3
 def recalls(
@@ -301,6 +300,7 @@ def scores(
     temperature: float = 1.0,  # the logits are divided by it; > 0
 ) -> dict:  # accuracy, balanced_accuracy, macro_f1, ece, brier
     "Five figures of one set of predictions."
+    from torchmetrics.functional import classification as tm
     z, t = torch.as_tensor(logits).double() / temperature, torch.as_tensor(y)
     k, p, called = z.shape[1], z.softmax(1), z.argmax(1)
     recall = recalls(confusion(logits, y))
@@ -338,6 +338,7 @@ def fit_temperature(
     y: np.ndarray,  # (N,) true classes; none at all: 1
 ) -> float:  # in [0.05, 20]
     "The temperature with the least cross-entropy."
+    from scipy.optimize import minimize_scalar
     if not len(y): return 1.0
     z, t = torch.as_tensor(logits).double(), torch.as_tensor(y)
     loss = lambda s: float(F.cross_entropy(z / math.exp(s), t))

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pathlib import Path
-from scipy.stats import betabinom
 from torch.nn import functional as F
 from typing import Callable, NamedTuple
 from .classifier import pooled_maps
@@ -119,6 +118,7 @@ def below(
     rank: int,  # which of the smallest held-out values is the threshold; ≥ 1
 ) -> Below:
     "Compare two lower tails."
+    from scipy.stats import betabinom
     threshold, n = float(np.sort(held)[rank - 1]), len(fake)
     count, expected = int((fake < threshold).sum()), rank / (len(held) + 1)
     p = float(betabinom.sf(count - 1, n, rank, len(held) + 1 - rank))

@@ -8,6 +8,7 @@ __all__ = ['LIMIT', 'FRESH', 'ENOUGH', 'KEY', 'Sources', 'indexed', 'load_split'
            'findings', 'plot_few', 'downstream', 'write_tables', 'DownstreamArgs', 'main']
 
 # %% ../nbs/65_downstream.ipynb #import-config
+from . import startup  # answers a known --help, before all else loads
 from .config import Config, load_config, tyro_parse
 
 # %% ../nbs/65_downstream.ipynb #imports

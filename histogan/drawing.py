@@ -10,7 +10,6 @@ __all__ = ['FIELD', 'rng_for', 'grid', 'noise', 'bend', 'streaks', 'sample', 'di
 import math, zlib
 import numpy as np
 from functools import lru_cache
-from scipy.ndimage import map_coordinates
 
 # %% ../nbs/04_drawing.ipynb #2fa9455a
 def rng_for(
@@ -140,6 +139,7 @@ def streaks(
     along: float,  # µm, grain along v: its length
 ) -> np.ndarray:  # (size, size) float32, mean 0, variance 1
     "Smooth texture drawn out along v."
+    from scipy.ndimage import map_coordinates
     shape = [int(2*FIELD/s) + 4 for s in (across, along)]
     at = np.empty((2, *u.shape))
     for row, w, s in zip(at, (u, v), (across, along)): row[:] = (w + FIELD/2)*(1/s) + 1

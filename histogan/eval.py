@@ -8,6 +8,7 @@ __all__ = ['TEACHING', 'classifier_of', 'own_extractor', 'EvalArgs', 'choose_wei
            'evaluate_folders', 'folder_sets', 'write_results', 'Stopwatch', 'summary', 'main']
 
 # %% ../nbs/63_eval.ipynb #ae6ca102
+from . import startup  # answers a known --help, before all else loads
 from .config import Config, load_config, tyro_parse
 import contextlib, dataclasses, sys, tempfile, time
 import numpy as np

@@ -7,6 +7,7 @@ __all__ = ['patch_seed', 'latents', 'draw', 'fingerprint', 'rows_for', 'generate
            'export_onnx', 'flat_noise', 'GenerateArgs', 'check_device', 'main']
 
 # %% ../nbs/55_generate.ipynb #3a717d9d
+from . import startup  # answers a known --help, before all else loads
 from .config import suggestion, tyro_parse
 
 # %% ../nbs/55_generate.ipynb #0b5e6d0e

@@ -17,7 +17,6 @@ from .features import (Extractor, FeatureCache, Patches, content_id, counts,
                                features, to_batch)
 from .selection import (effective_dimensions, frame, frechet, pose_distances,
                                 repeats, squared_distances)
-from torch_fidelity.metric_kid import kid_features_to_metric
 from typing import Callable
 
 # %% ../nbs/61_metrics.ipynb #98e1e97e
@@ -43,6 +42,7 @@ def kernel_distance(
     seed: int = 0,  # of the halves
 ) -> tuple[float, float]:  # mean and standard deviation over the halves
     "Unbiased squared MMD with the cubic kernel."
+    from torch_fidelity.metric_kid import kid_features_to_metric
     half = min(len(a), len(b), 2 * largest) // 2
     if half < 2: raise ValueError('a kernel distance takes at least four rows')
     a, b = (torch.as_tensor(np.asarray(f, np.float64)) for f in (a, b))

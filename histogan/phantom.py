@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from PIL import Image
-from scipy.ndimage import correlate1d
 from .core import moved, InputError, read_json, write_json
 from .data import CLASSES
 from .drawing import rng_for, _exp, FIELD, grid, _turn32, noise, bend, streaks
@@ -339,6 +338,7 @@ def _bell(s):
 def _blurred(light, s):
     "Blurred by s pixels; below a fifth of a pixel as it is."
     if s <= .2: return light
+    from scipy.ndimage import correlate1d
     for axis in (0, 1): light = correlate1d(light, _bell(float(s)), axis)
     return light
 

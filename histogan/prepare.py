@@ -7,6 +7,7 @@ __all__ = ['TARGETS', 'COLUMNS', 'QualityOptions', 'StainOptions', 'PrepareConfi
            'parse', 'summary', 'main']
 
 # %% ../nbs/07_prepare.ipynb #79845cc2
+from . import startup  # answers a known --help, before all else loads
 import io, json, multiprocessing, os, re, shutil, subprocess, sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor

@@ -6,6 +6,7 @@
 __all__ = ['GUARD_COLOURS', 'STYLE', 'panels', 'curve', 'report_html', 'report', 'ReportArgs', 'main']
 
 # %% ../nbs/67_report.ipynb #import-config
+from . import startup  # answers a known --help, before all else loads
 from .config import Config, tyro_parse
 
 # %% ../nbs/67_report.ipynb #imports

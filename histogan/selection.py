@@ -11,7 +11,6 @@ __all__ = ['TAIL', 'class_accuracy', 'mean_distance', 'diversity', 'layout_corre
 # %% ../nbs/42_selection.ipynb #b8d147d8
 import math
 import numpy as np
-import scipy.linalg
 import torch
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
@@ -119,11 +118,12 @@ def frechet(
     b: np.ndarray,  # (M, d) features, M ≥ 2
 ) -> float:  # ≥ 0; nan when a feature is not finite
     "Fréchet distance of two Gaussians fitted to features."
+    from scipy.linalg import svdvals
     a, b = (np.asarray(f, np.float64) for f in (a, b))
     if min(len(a), len(b)) < 2: raise ValueError('a covariance takes at least two rows')
     if not (np.isfinite(a).all() and np.isfinite(b).all()): return math.nan
     ra, rb, mean = half_covariance(a), half_covariance(b), a.mean(0) - b.mean(0)
-    cross = scipy.linalg.svdvals(ra @ rb.T).sum()  # Tr (Ca Cb)^½
+    cross = svdvals(ra @ rb.T).sum()  # Tr (Ca Cb)^½
     return max(float(mean @ mean + (ra**2).sum() + (rb**2).sum() - 2 * cross), 0.0)
 
 # %% ../nbs/42_selection.ipynb #983e8f93

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 from .core import InputError, warn_line
 from histogan.images import (
@@ -101,6 +99,8 @@ def linked_groups(
     near: pd.DataFrame | None = None,  # what it found, if that was done already
 ) -> np.ndarray:  # (N,) int: the unit of each patch
     "Number the sets of patches that must stay in one split."
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     rows, exact = np.arange(len(df)), _first(df.sha256)
     links = [(rows, exact)]
     if 'group' in df:

@@ -10,6 +10,7 @@ __all__ = ['NOT_PREPARED', 'RUN_FOLDERS', 'open_choice', 'save', 'keep_best', 'f
            'best_words', 'dry_run', 'main']
 
 # %% ../nbs/54_train.ipynb #4cbac54a
+from . import startup  # answers a known --help, before all else loads
 from .config import Config, device_name, differing, load_config
 from .config import parse_args, pick_device, save_config
 
