@@ -79,13 +79,15 @@ def _separator(line) -> str:
     return next((s for s in ',;\t|' if 'path' in _header_names(line, s)), ',')
 
 # %% ../nbs/02_manifest.ipynb #a81c4061
-def _user_table(path, need) -> pd.DataFrame:
+def _user_table(path, need, words=()) -> pd.DataFrame:
     "A table of the user as text, or an `InputError` that names file, line and column."
     text = _decoded(path)
-    line = text.lstrip('\r\n').split('\n', 1)[0].rstrip('\r')
+    whole = text.lstrip('\r\n')
+    line = whole.split('\n', 1)[0].rstrip('\r')
     sep = _separator(line)
-    rows = _rows_of(text, sep, path)
-    header, rows = _header_names(line, sep), rows[1:]
+    header = _header_names(line, sep)
+    if (df := _plain_table(whole, sep, header, need, words)) is not None: return df
+    rows = _rows_of(text, sep, path)[1:]
     lost = [c for c in need if c not in header]
     if lost:
         raise InputError(
@@ -103,6 +105,25 @@ def _user_table(path, need) -> pd.DataFrame:
     twice = [c for c, n in Counter(header).items() if n > 1]
     if twice: raise InputError(f'{path}: has the column {twice[0]} twice; remove one')
     return pd.DataFrame(dict(zip(header, zip(*rows))), dtype=str)
+
+# %% ../nbs/02_manifest.ipynb #539bb822
+def _plain_table(text, sep, header, need, words) -> pd.DataFrame | None:
+    "A plain table by pandas' own parser; None where a row is odd or quoted."
+    again = len(set(header)) < len(header) or not set(need) <= set(header)
+    if again or '"' in text or f'{sep} ' in text: return None
+    counts = set(_COUNTS) - set(words)
+    kinds = {c: 'int64' if c in counts else str for c in header}
+    how = dict(sep=sep, names=header, skiprows=1, dtype=kinds, quoting=csv.QUOTE_NONE)
+    try:
+        df = pd.read_csv(StringIO(text), **how, na_filter=False, index_col=False)
+    except (ValueError, OverflowError): return None
+    fields = text.count(sep) == (len(header) - 1)*(len(df) + 1)
+    return df if len(df) and fields and not _has_odd_ends(text) else None
+
+# %% ../nbs/02_manifest.ipynb #7b155d70
+def _has_odd_ends(text):
+    "Does a line end, to Python, where none ends to a parser of CSV?"
+    return any(c in text for c in '\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029')
 
 # %% ../nbs/02_manifest.ipynb #03068392
 def _rows_of(text, sep, path) -> list:
@@ -185,7 +206,7 @@ def _spellings(paths):
 # %% ../nbs/02_manifest.ipynb #c1be3aa9
 def _leading(paths) -> list[str]:
     "The folders that all paths begin with."
-    folders = {os.path.dirname(p) for p in paths}
+    folders = _folders(paths)
     if '' in folders or len({os.path.isabs(f) for f in folders}) > 1: return []
     try:common = os.path.commonpath(folders)
     except ValueError: return []  # two disks
@@ -193,21 +214,28 @@ def _leading(paths) -> list[str]:
         s for s in os.path.splitdrive(common)[1].replace(os.sep, '/').split('/') if s
     ]
 
+# %% ../nbs/02_manifest.ipynb #984d5749
+def _folders(paths) -> set:
+    "The folders of many files."
+    if os.sep != '/': return {os.path.dirname(p) for p in paths}
+    return {p[:p.rfind('/') + 1] for p in paths}
+
 # %% ../nbs/02_manifest.ipynb #69fba601
 def _tails(paths):
     "The paths without 0, 1, 2, … of the folders that all begin with."
-    depth = len(_leading(paths))
-    plain = [os.path.splitdrive(p)[1].replace(os.sep, '/').lstrip('/') for p in paths]
-    for k in range(depth + 1): yield [p.split('/', k)[k] for p in plain]
+    bare = (lambda p: p) if os.sep == '/' else lambda p: os.path.splitdrive(p)[1]
+    plain = [bare(p).replace(os.sep, '/').lstrip('/') for p in paths]
+    yield plain
+    for k in range(len(_leading(paths))): yield [p.split('/', k + 1)[k + 1] for p in plain]
 
 # %% ../nbs/02_manifest.ipynb #cf5bb741
 # yields (base in words, paths); the first that are all there is taken
 def _candidates(paths, root, others):
     "Where the files of a table may be."
-    absolute = [os.path.isabs(p) for p in paths]
     if root:
         start = os.path.join(os.path.abspath(root), '')
         for tail in _tails(paths): yield str(root), [start + p for p in tail]
+    absolute = [os.path.isabs(p) for p in paths]
     for base in others:
         start = os.path.join(base, '')
         yield base, [p if a else start + p for p, a in zip(paths, absolute)]
@@ -282,7 +310,11 @@ def load_manifest(
     split_column: str = 'split',  # its name in this table; '': none
 ) -> pd.DataFrame:  # its rows, files found, split checked
     "A manifest written by hand or by `save_manifest`."
-    df = _user_table(path, ('path', 'label', 'split')[:2 + need_split])
+    need, named = ('path', 'label', 'split')[:2 + need_split], (
+        group_column,
+        split_column,
+    )
+    df = _user_table(path, need, named)
     df = _columns_named(df, path, group_column, split_column)
     df = _clean_text(df, path)
     if 'split' in df and split_column: check_split(df, path)
@@ -339,6 +371,7 @@ def _clean_text(df, path) -> pd.DataFrame:
 # %% ../nbs/02_manifest.ipynb #4d8c4fba
 def _whole(column, path):
     "A column of whole numbers."
+    if column.dtype == np.int64: return column
     try:return pd.Series(np.array(column.tolist()).astype('int64'), column.index)
     except (ValueError, OverflowError): pass
     bad = column.index[~column.str.fullmatch(r'-?\d{1,18}')]
