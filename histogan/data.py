@@ -6,16 +6,19 @@
 __all__ = ['FEWEST', 'DataConfig', 'OpenData', 'open_data']
 
 # %% ../nbs/03_data.ipynb #468d2335
-import os
+import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from functools import partial
 from tqdm.auto import tqdm
 from .core import InputError, digest, moved, warn_line, write_file
 from .arrays import is_array
-from .batches import BalancedSampler, HistoDataset, _small
+from .batches import BalancedSampler, DeviceBatches, HistoDataset, _small
+from .batches import fits_on_device, loader_of
 from histogan.images import (
     FLAT,
     HASH_BITS,
@@ -45,6 +48,7 @@ from histogan.prepared import (
     PREPARED,
     PREPARED_FORMAT,
     MappedImages,
+    PatchWriter,
     PreparedDataset,
     PreparedImages,
     is_prepared,
@@ -75,7 +79,10 @@ class DataConfig:
     class_names: str = ''  # names of an array's classes, with commas, in order
     image_size: int = 256  # IMAGE_SIZE: side; px, power of two >= 16; original recipe
     batch_size: int = 8  # BATCH_SIZE: images per step; >= 1; original recipe
-    num_workers: int = 0  # NUM_WORKERS: loader processes; >= 0; original recipe
+    # NUM_WORKERS: loader processes; 0: none, on CUDA as needed; original recipe
+    num_workers: int = 0
+    # training patches stay on the device as bytes; auto: on CUDA, where they fit
+    on_device: Literal['auto', 'on', 'off'] = 'auto'
     samples_per_class: int = 1000  # SAMPLES_PER_CLASS: per epoch; >= 1; original recipe
     drop_last: bool = True  # DROP_LAST: leave out a batch cut short; original recipe
     pairs: bool = False  # images come in pairs of one class; decided
@@ -85,7 +92,8 @@ class DataConfig:
     near_duplicate: float = .95  # correlation of copies; (0, 1]; measured, 01_images
     # µm per pixel of the source files, where they do not say; 0: unknown
     mpp: float = 0.
-    cache_mb: float = 1024  # decoded patches kept in memory; MiB; decided
+    # decoded patches in memory, where no file keeps them; MiB; 0: no file; decided
+    cache_mb: float = 1024
     seed: int = 0  # SEED: of splits and orders; >= 0; decided
 
     def __post_init__(self):
@@ -111,6 +119,11 @@ def _checks(c: DataConfig) -> list[tuple]:  # (holds, option, what to do)
         (c.batch_size >= 1, 'batch_size', 'must be at least 1'),
         (c.batch_size % pair == 0, 'batch_size', even),
         (c.num_workers >= 0, 'num_workers', 'must be 0 or more'),
+        (
+            c.on_device in ('auto', 'on', 'off'),
+            'on_device',
+            'must be auto, on or off',
+        ),
         (c.samples_per_class >= 1, 'samples_per_class', 'must be at least 1'),
         (c.samples_per_class % pair == 0, 'samples_per_class', even),
         (0 <= c.val_frac < 1, 'val_frac', 'must lie in [0, 1)'),
@@ -171,7 +184,8 @@ class OpenData:
     manifest: pd.DataFrame  # a row per patch; its number is the id
     images: object  # (N, R, R, 3) uint8 by id: array or MappedImages; None: too large
     sampler: BalancedSampler  # the order of training, with its position
-    train: object  # DataLoader of (x uint8 (N, 3, R, R), y, id)
+    # DataLoader or DeviceBatches: (x uint8 (N, 3, R, R), y, id)
+    train: object
     loader_real_eval: object  # the same over the patches set aside (val)
     mpp: float = np.nan  # µm per pixel of a training patch at image_size; nan: unknown
 
@@ -255,11 +269,21 @@ def _stamps(df) -> tuple[np.ndarray, np.ndarray]:  # (N,) bytes; nanoseconds
 # %% ../nbs/03_data.ipynb #792be6ff
 def _cache_file(cfg, df, stamps, cache_dir) -> Path | None:
     "Where the decoded patches of these files are kept; None: nowhere."
-    if not cache_dir or len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
-    key = digest(
-        cfg.image_size, RESIZE, '\n'.join(map(os.path.abspath, df.path)), *stamps
-    )
-    return Path(cache_dir, f'patches-{cfg.image_size}px-{key[:24]}.npy')
+    paths = '\n'.join(map(os.path.abspath, df.path))
+    return _room_for(cfg, len(df), cache_dir, RESIZE, paths, *stamps)
+
+# %% ../nbs/03_data.ipynb #724f453a
+def _room_for(cfg, n, cache_dir, *content) -> Path | None:
+    "A file for so many patches, made already or where the disk has room; None: no."
+    if not cache_dir or not cfg.cache_mb: return None
+    name = f'patches-{cfg.image_size}px-{digest(cfg.image_size, *content)[:24]}.npy'
+    file, size = Path(cache_dir, name), n*cfg.image_size**2*3
+    if file.is_file(): return file
+    mark_cache(file.parent)
+    return file if shutil.disk_usage(file.parent).free > size + _SPARE else None
+
+# %% ../nbs/03_data.ipynb #ebb1894a
+_SPARE = 2**30  # bytes that stay free on the disk: checkpoints need them; decided
 
 # %% ../nbs/03_data.ipynb #cf055878
 def _cached(file) -> MappedImages | None:
@@ -267,12 +291,23 @@ def _cached(file) -> MappedImages | None:
     return MappedImages(file) if file and file.is_file() else None
 
 # %% ../nbs/03_data.ipynb #9edca58f
-def _keep(images, file):
-    "Write decoded patches for others, and map them."
-    if file is None or images is None: return images
-    mark_cache(file.parent)
-    write_file(file, lambda f: np.save(f, images))
+def _written(file, n, size, fill):
+    "Patches written one by one by `fill`, then mapped."
+    write_file(file, lambda f: fill(PatchWriter(f, n, size)))
     return MappedImages(file)
+
+# %% ../nbs/03_data.ipynb #4ce52b98
+def _inspected(cfg, df, file, progress) -> Inspected:
+    "Look at every file once; its pixels go to a file, or to memory where they fit."
+    look = partial(inspect, df, cfg.image_size, cfg.cache_mb, progress=progress)
+    if file is None: return look()
+    if (images := _cached(file)) is not None:
+        return inspect(df, progress=progress)._replace(images=images)
+    seen = []
+    images = _written(
+        file, len(df), cfg.image_size, lambda to: seen.append(look(images=to))
+    )
+    return seen[0]._replace(images=images)
 
 # %% ../nbs/03_data.ipynb #a5917007
 def _check_unchanged(df, stamps, cfg, progress):
@@ -299,17 +334,23 @@ def _check_unchanged(df, stamps, cfg, progress):
         )
 
 # %% ../nbs/03_data.ipynb #74edc1d9
-def _decode_all(df, cfg, progress) -> np.ndarray | None:
-    "Patches of known files, when they fit."
-    if len(df)*cfg.image_size**2*3 > cfg.cache_mb*2**20: return None
-    found = _in_threads(
-        lambda p: _small(p, cfg.image_size), df.path, min(8, os.cpu_count() or 1)
+def _decode_all(df, cfg, file, progress):
+    "Patches of known files, to a file or to memory; None where they do not fit."
+    return _made(
+        lambda k: _small(df.path[k], cfg.image_size), len(df), cfg, file, progress
     )
-    return np.stack(
-        list(
-            tqdm(found, 'reading patches', len(df), disable=None if progress else True)
-        )
-    )
+
+# %% ../nbs/03_data.ipynb #3d7aa5a7
+def _made(one, n, cfg, file, progress):
+    "Patches that a function gives one by one, over threads."
+    size = cfg.image_size
+    found = _in_threads(one, range(n), min(8, os.cpu_count() or 1))
+    bar = tqdm(found, 'reading patches', n, disable=None if progress else True)
+    def fill(to):
+        for k, x in enumerate(bar): to[k] = x
+        return to
+    if file: return _written(file, n, size, fill)
+    if n*size**2*3 <= cfg.cache_mb*2**20: return fill(np.empty((n, size, size, 3), 'u1'))
 
 # %% ../nbs/03_data.ipynb #043f1d8d
 def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
@@ -320,7 +361,7 @@ def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
     if cfg.source == 'folders': _say_added(cfg, df)
     file = _cache_file(cfg, df, stamps, cache_dir)
     images = _cached(file)
-    return df, _keep(_decode_all(df, cfg, progress), file) if images is None else images
+    return df, _decode_all(df, cfg, file, progress) if images is None else images
 
 # %% ../nbs/03_data.ipynb #3629d5fb
 def _say_added(cfg, df):
@@ -345,32 +386,32 @@ def _started(cfg: DataConfig, progress, cache_dir, rank):
     "Read, check and split what a configuration names."
     df = _gather(cfg)
     table = _shared_table(cfg, df, cache_dir)
+    file = _cache_file(cfg, df, _stamps(df), cache_dir)
     if rank and table and table.is_file():  # another process has just decoded all of it
-        df = load_manifest(table)
-        return df, _cached(_cache_file(cfg, df, _stamps(df), cache_dir))
+        return load_manifest(table), _cached(file)
     if progress: print(classes_line(df, cfg.manifest or cfg.root), flush=True)
-    seen = inspect(df, cfg.image_size, cfg.cache_mb, progress=progress)
-    seen = seen._replace(df=_with_mpp(seen.df, cfg))
-    policy = (
-        'manual_csv' if cfg.policy == 'from_one_root' and 'split' in df else cfg.policy
+    seen = _inspected(cfg, df, file, progress)
+    df = _divided(cfg, seen._replace(df=_with_mpp(seen.df, cfg)))
+    if seen.images is None: _say_uncached(cfg, len(df))
+    elif table: save_manifest(df, table)
+    return df, seen.images
+
+# %% ../nbs/03_data.ipynb #f03e57c1
+def _divided(cfg, seen) -> pd.DataFrame:
+    "The split that the configuration asks for."
+    own = cfg.policy == 'from_one_root' and 'split' in seen.df
+    policy = 'manual_csv' if own else cfg.policy
+    rest = cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen
+    return split(seen.df, policy, *rest)
+
+# %% ../nbs/03_data.ipynb #43164fdf
+def _say_uncached(cfg, n):
+    "What it costs to keep nothing."
+    warn_line(
+        f'{n} patches of {cfg.image_size} px need more than --data.cache-mb '
+        f'{cfg.cache_mb:g}; every epoch decodes its files again (histogan.prepare '
+        f'does it once)'
     )
-    df = split(
-        df, policy, cfg.val_frac, cfg.test_frac, cfg.seed, cfg.near_duplicate, seen
-    )
-    if seen.images is None:
-        warn_line(
-            f'{len(df)} patches of {cfg.image_size} px need more than --data.cache-mb '
-            f'{cfg.cache_mb:g}; every epoch decodes its files again (histogan.prepare '
-            f'does it once)'
-        )
-    images = _keep(
-        seen.images,
-        _cache_file(
-            cfg, df, (df['size'].to_numpy(), df.mtime_ns.to_numpy()), cache_dir
-        ),
-    )
-    if table and images is not None: save_manifest(df, table)
-    return df, images
 
 # %% ../nbs/03_data.ipynb #ad56568d
 def _shared_table(cfg, df, cache_dir) -> Path | None:
@@ -400,7 +441,8 @@ def _same_prepared(df, prepared: pd.DataFrame, root) -> pd.DataFrame:
     return df
 
 # %% ../nbs/03_data.ipynb #5382149d
-def _from_prepared(cfg: DataConfig, manifest, progress):  # -> manifest, images by id
+# -> manifest, images by id
+def _from_prepared(cfg: DataConfig, manifest, progress, cache_dir):
     "Open a prepared dataset."
     for option in ('test_root', 'manifest', 'group_regex', 'class_names'):
         if getattr(cfg, option):
@@ -420,18 +462,17 @@ def _from_prepared(cfg: DataConfig, manifest, progress):  # -> manifest, images 
     elif progress:
         print(classes_line(df, cfg.root), flush=True)
     images = PreparedImages(cfg.root, df.store_row, cfg.image_size)
-    if cfg.image_size == size or len(df) * cfg.image_size**2 * 3 > cfg.cache_mb * 2**20:
-        return df, images
-    small = _in_threads(
-        lambda k: images[k : k + 1], range(len(df)), min(8, os.cpu_count() or 1)
-    )
-    bar = tqdm(
-        small,
-        'reading the prepared dataset',
-        len(df),
-        disable=None if progress else True,
-    )
-    return df, np.concatenate(list(bar))
+    if cfg.image_size == size: return df, images
+    return df, _smaller(cfg, images, prepared.card, progress, cache_dir)
+
+# %% ../nbs/03_data.ipynb #49731983
+def _smaller(cfg, images, card, progress, cache_dir):
+    "A prepared dataset at a smaller size, made once; as it is where that does not fit."
+    n, content = len(images), (RESIZE, card['manifest_sha256'])
+    file = _room_for(cfg, n, cache_dir, *content)
+    if (found := _cached(file)) is not None: return found
+    found = _made(lambda k: images[k:k + 1][0], n, cfg, file, progress)
+    return images if found is None else found
 
 # %% ../nbs/03_data.ipynb #f5ad9087
 FEWEST = 8  # training patches of a class; below it memorization is certain; decided
@@ -469,20 +510,6 @@ def _check_use(df, cfg: DataConfig):
         f'more groups of them'
     )
 
-# %% ../nbs/03_data.ipynb #2a2cb691
-def _loader(cfg: DataConfig, data, batches, pin):
-    "A loader of whole batches; it leaves the global random state alone."
-    import torch
-    from torch.utils.data import DataLoader
-    return DataLoader(
-        data,
-        sampler=batches,
-        batch_size=None,
-        num_workers=cfg.num_workers,
-        pin_memory=pin,
-        generator=torch.Generator().manual_seed(cfg.seed),
-    )
-
 # %% ../nbs/03_data.ipynb #8f1343d2
 def open_data(
     cfg: DataConfig,  # where the patches are and how they are used
@@ -493,42 +520,38 @@ def open_data(
     rank: int = 0,  # which process this is; 0 to world - 1
     world: int = 1,  # processes that share each batch of training
     cache_dir: str | Path | None = None,  # keeps decoded patches for all processes
+    device=None,  # where batches are used; a torch device; None: as --data.on-device off
 ) -> OpenData:
     "Read, check and split a data set, and open the loaders of a training run."
-    import torch
-    if cfg.source == 'prepared':df, images = _from_prepared(cfg, manifest, progress)
-    elif manifest is not None:df, images = _resumed(cfg, manifest, progress, cache_dir)
-    else: df, images = _started(cfg, progress, cache_dir, rank)
+    more = progress, cache_dir
+    if cfg.source == 'prepared': df, images = _from_prepared(cfg, manifest, *more)
+    elif manifest is not None: df, images = _resumed(cfg, manifest, *more)
+    else: df, images = _started(cfg, *more, rank)
     _check_use(df, cfg)
-    classes = sorted(set(df.label))
-    parts = {
-        s: HistoDataset(df[df.split == s], classes, cfg.image_size, images)
+    classes, mpp = sorted(set(df.label)), _training_mpp(df, cfg.image_size)
+    train, held = (
+        HistoDataset(df[df.split == s], classes, cfg.image_size, images)
         for s in ('train', 'val')
-    }
-    share = cfg.batch_size//world
-    order = BalancedSampler(
-        parts['train'].labels,
-        cfg.samples_per_class,
-        cfg.seed,
-        cfg.pairs,
-        share if cfg.drop_last else 1,
-        rank,
-        world,
     )
-    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    train = _loader(cfg, parts['train'], _batches(order, share), pin)
-    held = _loader(
-        cfg, parts['val'], _batches(range(len(parts['val'])), cfg.batch_size), pin
-    )
-    return OpenData(
-        cfg, classes, df, images, order, train, held, _training_mpp(df, cfg.image_size)
-    )
+    order = _order_of(cfg, train.labels, rank, world)
+    handing = _handing(cfg, train, order, world, pin_memory, device)
+    shown = loader_of(held, range(len(held)), cfg.batch_size, pin=pin_memory)
+    return OpenData(cfg, classes, df, images, order, handing, shown, mpp)
 
-# %% ../nbs/03_data.ipynb #fb501013
-def _batches(order, size):
-    "Whole batches of an order, the last one perhaps cut short."
-    from torch.utils.data import BatchSampler
-    return BatchSampler(order, size, False)
+# %% ../nbs/03_data.ipynb #6c7b7091
+def _order_of(cfg, labels, rank, world) -> BalancedSampler:
+    "The order of training of one process."
+    share = cfg.batch_size//world if cfg.drop_last else 1
+    per_class = cfg.samples_per_class
+    return BalancedSampler(labels, per_class, cfg.seed, cfg.pairs, share, rank, world)
+
+# %% ../nbs/03_data.ipynb #fa0ad4c2
+def _handing(cfg, train, order, world, pin, device):
+    "Who hands out the batches: the device itself, or a loader."
+    size, share = len(train)*cfg.image_size**2*3, cfg.batch_size//world
+    if device and fits_on_device(size, device, cfg.on_device):
+        return DeviceBatches(train, order, share, device)
+    return loader_of(train, order, share, cfg.num_workers, pin, cfg.seed)
 
 # %% ../nbs/03_data.ipynb #bfc4f951
 __getattr__ = moved('data')

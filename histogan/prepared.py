@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARED', 'PREPARED_FORMAT', 'HEADER', 'is_prepared', 'MappedImages', 'PreparedImages', 'prepared_card',
-           'PreparedDataset', 'load_prepared', 'read_all', 'verify_prepared', 'reserve_images']
+           'PreparedDataset', 'load_prepared', 'read_all', 'verify_prepared', 'reserve_images', 'PatchWriter']
 
 # %% ../nbs/02_prepared.ipynb #5740dfe4
 import os, struct
@@ -181,16 +181,27 @@ def reserve_images(
     size: int,  # side; px
 ):
     "Make an array of patches, all zero, to be written at any place."
-    words = repr(
-        dict(descr='|u1', fortran_order=False, shape=(n, size, size, 3))
-    ).encode()
-    head = (
-        b'\x93NUMPY\x01\x00'
-        + struct.pack('<H', HEADER - 10)
-        + words.ljust(HEADER - 11)
-        + b'\n'
-    )
-    def _zeros(f):
-        f.write(head)
-        f.truncate(HEADER + n*size*size*3)
-    write_file(path, _zeros)
+    write_file(path, lambda f: PatchWriter(f, n, size))
+
+# %% ../nbs/02_prepared.ipynb #5e293309
+class PatchWriter:
+    "An `.npy` file of patches under way: set one, and it is on the disk, not in memory."
+    def __init__(self,
+        file,  # open for writing bytes
+        n: int,  # patches
+        size: int,  # side; px
+    ):
+        self.file, self.each = file, size*size*3
+        file.write(_npy_head((n, size, size, 3)))
+        file.truncate(HEADER + n*self.each)
+
+    def __setitem__(self, i, x):
+        self.file.seek(HEADER + i*self.each)
+        self.file.write(np.ascontiguousarray(x).data)
+
+# %% ../nbs/02_prepared.ipynb #5e60fad1
+def _npy_head(shape) -> bytes:
+    "The header of an array of bytes, one page long."
+    words = repr(dict(descr='|u1', fortran_order=False, shape=shape)).encode()
+    start = b'\x93NUMPY\x01\x00' + struct.pack('<H', HEADER - 10)
+    return start + words.ljust(HEADER - 11) + b'\n'

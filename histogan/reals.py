@@ -113,7 +113,7 @@ def open_reals(
     if cfg.is_phantom: phantom_root(replace(cfg, out=str(folder)))
     table = folder / 'artifacts' / 'manifest.csv'
     listed = load_manifest(table, cfg.data.folder, test_root=cfg.data.test_root)
-    data = open_data(cfg.data, manifest=listed)
+    data = open_data(cfg.data, listed, cache_dir=folder.parent / 'cache' / 'patches')
     (train, units), (val, _), (test, _) = (
         split_of(data, s) for s in ('train', 'val', 'test')
     )

@@ -148,7 +148,8 @@ def open_patches(
     manifest = None
     if resume: manifest = load_manifest(table, patches.root, test_root=patches.test_root)
     return in_turn(open_data, patches, manifest, progress=rank() == 0, rank=rank(),
-                   world=world(), cache_dir=folder.parent / 'cache' / 'patches')
+                   world=world(), cache_dir=folder.parent / 'cache' / 'patches',
+                   device=pick_device(cfg))
 
 # %% ../nbs/54_train.ipynb #06cf7af0-1
 NOT_PREPARED = (

@@ -415,9 +415,79 @@ def test_resume_notices_changed_files(toy):
     os.unlink(victim)
     assert 'does not exist' in says(lambda: open_data(cfg, manifest=kept, progress=False))
 
-@pytest.mark.parametrize('kw', [dict(image_size=100), dict(image_size=8), dict(image_size=0), dict(batch_size=0), dict(batch_size=7, pairs=True), dict(num_workers=-1), dict(samples_per_class=0),
+@pytest.mark.parametrize('kw', [dict(image_size=100), dict(image_size=8), dict(image_size=0), dict(batch_size=0), dict(batch_size=7, pairs=True), dict(num_workers=-1), dict(on_device='yes'), dict(samples_per_class=0),
                                 dict(samples_per_class=7, pairs=True), dict(val_frac=1.), dict(val_frac=-.1), dict(test_frac=.9), dict(near_duplicate=1.1), dict(cache_mb=-1), dict(seed=-1)])
 def test_config_refuses(kw): assert f'--data.{next(iter(kw))}'.replace('_', '-') in says(lambda: DataConfig(**kw))
+
+# ---- on the device
+
+@pytest.mark.parametrize('kw', [{}, dict(pairs=True, batch_size=6, samples_per_class=14), dict(drop_last=False, batch_size=7), dict(cache_mb=0)])
+def test_patches_on_the_device_are_the_loaders_to_the_bit(toy, tmp_path, kw, capsys):
+    "Epochs, a stop in the middle, two processes, files that are decoded each time."
+    cfg = DataConfig(root=str(toy), **(dict(image_size=16, batch_size=5, samples_per_class=10) | kw))
+    for rank, world in ((0, 1), (1, 2)) if cfg.batch_size % 2 == 0 else ((0, 1),):
+        ways = [open_data(replace(cfg, on_device=w), progress=False, device='cpu', rank=rank, world=world) for w in ('off', 'on')]
+        assert [type(d.train).__name__ for d in ways] == ['DataLoader', 'DeviceBatches']
+        for e in range(3):
+            for d in ways: d.sampler.set_epoch(e); d.sampler.advance(cfg.batch_size//world*(e % 2))
+            assert len(ways[0].train) == len(ways[1].train)
+            for a, b in zip(*(d.train for d in ways), strict=True):
+                assert all(torch.equal(u, v) for u, v in zip(a, b)) and a[0].stride() == b[0].stride() and a[2].device.type == 'cpu'
+
+def test_only_what_fits_goes_to_the_device(toy, monkeypatch):
+    import histogan.batches as b
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda d: (1000, 10**6))
+    for size, wanted, kept in ((500, 'auto', True), (501, 'auto', False), (10**9, 'on', True), (1, 'off', False)): assert b.fits_on_device(size, 'cuda', wanted) is kept
+    assert not b.fits_on_device(1, 'cpu')
+    plain = open_data(DataConfig(root=str(toy), image_size=16, batch_size=5, samples_per_class=10), progress=False, device='cpu')
+    assert plain.train.num_workers == 0 and not plain.train.pin_memory
+
+def test_a_loader_for_cuda_is_pinned_and_its_workers_stay(toy):
+    from histogan.batches import WORKERS, loader_of
+    data = HistoDataset(scan(toy), ['A', 'B', 'C'], 16)
+    made = loader_of(data, range(41), 4, pin=True)
+    assert made.pin_memory and made.num_workers == min(WORKERS, os.cpu_count() - 1) and made.persistent_workers == (made.num_workers > 0)
+    stay = loader_of(data, range(41), 4, workers=1, pin=False); first = [i.tolist() for _, _, i in stay]; pids = {w.pid for w in stay._iterator._workers}
+    assert [i.tolist() for _, _, i in stay] == first and {w.pid for w in stay._iterator._workers} == pids
+
+def test_patches_larger_than_memory_allows_are_kept_in_a_file(toy, tmp_path, capsys, monkeypatch):
+    "With a place for it nothing is decoded again, whatever --data.cache-mb says; without room on the disk it is."
+    cfg = DataConfig(root=str(toy), image_size=32, batch_size=5, samples_per_class=10, cache_mb=.01)
+    whole = open_data(replace(cfg, cache_mb=1), progress=False); capsys.readouterr()
+    d = open_data(cfg, progress=False, cache_dir=tmp_path/'cache')
+    assert 'cache-mb' not in capsys.readouterr().err and (d.images[np.arange(41)] == whole.images).all() and d.manifest.equals(whole.manifest)
+    file = next((tmp_path/'cache').glob('patches-*.npy')); before = file.stat()
+    again = open_data(cfg, progress=False, cache_dir=tmp_path/'cache')
+    assert file.stat().st_mtime_ns == before.st_mtime_ns and (again.images[np.arange(41)] == whole.images).all()
+    import histogan.data as h
+    monkeypatch.setattr(h, '_SPARE', 2**62)
+    full = open_data(cfg, progress=False, cache_dir=tmp_path/'full')
+    assert full.images is None and '--data.cache-mb' in capsys.readouterr().err
+
+def test_plain_tables_are_read_alike(toy, tmp_path, monkeypatch):
+    "The quick reader and the patient one: the same table or the same words."
+    import histogan.manifest as m
+    rows = [f'{p},{l},train,{k},{k % 3}' for k, (p, l) in enumerate(zip(scan(toy).path, scan(toy).label))]
+    head = 'path,label,split,size,group'
+    odd = {'plain': [], 'blank lines': ['', '', rows[0].replace(',A,', ',A ,')], 'short': ['x,A'], 'long': [rows[3] + ',9'], 'both': ['x,A,train,1', rows[3] + ',9'],
+           'no number': [rows[3].replace(',3,', ',3.5,')], 'form feed': ['a\x0cb,A,train,1,2'], 'carriage': [rows[5] + '\r'], 'no split': [rows[1].replace('train', 'training')],
+           'empty': [rows[1].replace(',A,', ',,')], 'NA': [rows[1].replace(',A,', ',NA,')], 'leading zeros': [rows[2].replace(',2,2', ',2,002')], 'large': [rows[2].replace(',2,2', f',{10**19},2')]}
+    def read(slow):
+        with monkeypatch.context() as patched:
+            if slow: patched.setattr(m, '_plain_table', lambda *a: None)
+            try: return load_manifest(tmp_path/'m.csv')
+            except InputError as e: return str(e)
+    kept = 0
+    for name, more in odd.items():
+        lines = rows[7:] + more
+        (tmp_path/'m.csv').write_text('\n'.join([head, *lines]) + '\n' * (name != 'plain'))
+        fast, slow = read(False), read(True)
+        assert type(fast) is type(slow), (name, fast, slow)
+        if isinstance(fast, str): assert fast == slow, name
+        else: kept += 1; assert fast.equals(slow) and (fast.dtypes == slow.dtypes).all(), name
+    assert kept >= 5
+    (tmp_path/'m.csv').write_text('\n'.join(['path,label,split,size', *(','.join(r.split(',')[:4]).replace(',7', ',007') for r in rows[7:8])]))
+    assert load_manifest(tmp_path/'m.csv', group_column='size').group.tolist() == ['007']
 
 # ---- the sampler
 
