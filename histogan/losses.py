@@ -34,9 +34,8 @@ def _alike(
 ): # both in full precision
     "Two tensors of one shape: broadcasting would pair everything with everything."
     if a.shape != b.shape:
-        raise ValueError(
-            f'shapes differ and would broadcast: {tuple(a.shape)} and {tuple(b.shape)}'
-        )
+        shapes = f'{tuple(a.shape)} and {tuple(b.shape)}'
+        raise ValueError(f'shapes differ and would broadcast: {shapes}')
     return _full(a), _full(b)
 
 # %% ../nbs/30_losses.ipynb #1393edd6
@@ -63,10 +62,8 @@ def d_bce(
 ): # scalar; Salimans et al. 2016, section 3.4
     "Cross-entropy of D with smoothed targets; at targets 1 and 0 it is `d_logistic`."
     real, fake = _full(real), _full(fake)
-    bce = F.binary_cross_entropy_with_logits
-    return bce(real, torch.full_like(real, real_target)) + bce(
-        fake, torch.full_like(fake, fake_target)
-    )
+    bce, like = F.binary_cross_entropy_with_logits, torch.full_like
+    return bce(real, like(real, real_target)) + bce(fake, like(fake, fake_target))
 
 # %% ../nbs/30_losses.ipynb #cc6c5672
 def d_hinge(
@@ -105,7 +102,7 @@ def r1_penalty(
     x_real, # (N, C, H, W) D's input, requires_grad; fakes give R2
     real_pred, # (N, ...) D's logits of exactly those images
 ): # scalar E‖∇x D(x)‖², differentiable; Mescheder et al. 2018, Eq. 9
-    "Squared slope of D per image, summed over C, H, W, averaged over N; without `gamma / 2`."
+    "Squared slope of D, summed over C, H, W, averaged over N; without `gamma / 2`."
     if not (x_real.requires_grad and real_pred.requires_grad):
         raise ValueError('R1 needs x_real.requires_grad_() before D sees it')
     (slope,) = torch.autograd.grad(
@@ -149,9 +146,8 @@ class RealStatsEMA(nn.Module):
         "Move the memory towards this batch; the first batch is taken whole."
         for old, new in zip((self.mean, self.std), channel_stats(x_real)):
             new = new.to(old.dtype)
-            old.copy_(
-                torch.where(self.initialised, self.m * old + (1 - self.m) * new, new)
-            )
+            moved = self.m * old + (1 - self.m) * new
+            old.copy_(torch.where(self.initialised, moved, new))
         self.initialised.fill_(True)
 
     def penalty(self,
@@ -159,10 +155,8 @@ class RealStatsEMA(nn.Module):
     ): # scalar; 0 before the first update; original recipe
         "Mean squared difference of means plus that of standard deviations."
         mean, std = channel_stats(x_fake)
-        gap = (mean - self.mean.to(mean)).square().mean() + (
-            std - self.std.to(std)
-        ).square().mean()
-        return gap * self.initialised
+        off = (mean - self.mean.to(mean)).square().mean()
+        return (off + (std - self.std.to(std)).square().mean()) * self.initialised
 
 # %% ../nbs/30_losses.ipynb #95bdb423
 def saturation(
@@ -214,12 +208,10 @@ def pair_statistics(
     x, # (N, 3, H, W) images in [-1, 1]
     maps=(), # encoder's maps of x, each (N, C, h, w); may be empty
 ): # dict of 3 + len(maps) statistics, each (N, k)
-    "What is compared within a pair: `colour`, `pooled`, `layout`, then one entry per map."
+    "What is compared in a pair: `colour`, `pooled`, `layout`, then one entry per map."
     x = _full(x)
-    pooled = F.adaptive_avg_pool2d(x, 8)  # (N, 3, 8, 8)
-    stats = dict(
-        colour=x.mean((2, 3)), pooled=pooled.flatten(1), layout=_layout(pooled)
-    )
+    small = F.adaptive_avg_pool2d(x, 8)  # (N, 3, 8, 8)
+    stats = dict(colour=x.mean((2, 3)), pooled=small.flatten(1), layout=_layout(small))
     for i, m in enumerate(maps):
         m = _full(m)
         # (N, 2 C)
@@ -239,7 +231,7 @@ def pair_distance(
 
 # %% ../nbs/30_losses.ipynb #1a686896
 class PairTerm(nn.Module):
-    "Per-class mean distance of real pairs, and the penalty for fakes that fall short of it."
+    "Per-class mean distance of real pairs, and the penalty for fakes short of it."
     def __init__(self,
         num_classes, # number of classes; > 0
         n_stats, # statistics per pair: 3 + number of maps; > 0
@@ -248,18 +240,15 @@ class PairTerm(nn.Module):
         super().__init__()
         if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
         self.m = m
-        self.register_buffer(
-            'distance', torch.zeros(num_classes, n_stats, dtype=torch.float64)
-        )
-        self.register_buffer('count', torch.zeros(num_classes, dtype=torch.float64))
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.register_buffer('distance', zeros(num_classes, n_stats))
+        self.register_buffer('count', zeros(num_classes))
 
     def _pairs(self, d, y):
-        "(P, num_classes) True where a pair is of that class; all False for a mixed pair."
+        "(P, num_classes) True where a pair is of that class; a mixed pair is of none."
         if d.shape != (len(y) // 2, self.distance.shape[1]) or len(y) % 2:
-            raise ValueError(
-                f'{len(y)} labels and {self.distance.shape[1]} statistics do not fit '
-                f'distances {tuple(d.shape)}'
-            )
+            have = f'{len(y)} labels and {self.distance.shape[1]} statistics'
+            raise ValueError(f'{have} do not fit distances {tuple(d.shape)}')
         classes = torch.arange(len(self.count), device=y.device)
         return (y[0::2, None] == classes) & (y[0::2, None] == y[1::2, None])
 
@@ -280,10 +269,10 @@ class PairTerm(nn.Module):
         d_fake, # (P, S) pair_distance of fakes, with gradient
         y, # (2 P,) int64 labels of the batch
     ): # scalar in [0, 1); after Mao et al. 2019
-        "Relative shortfall of the fakes' distances, half for pixels and half for maps; 0 where nothing is known."
+        "Relative shortfall of the fakes' distances, half for pixels, half for maps."
         d_fake = _full(d_fake)
         of = (self._pairs(d_fake, y) & (self.count > 0)).to(self.count.dtype)
-        known = of.sum(1, keepdim=True)                                  # (P, 1) 0 or 1
+        known = of.sum(1, keepdim=True)  # (P, 1) 0 or 1: an unseen class costs nothing
         # divides by 1 where unknown
         short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)
         missing = F.relu(short) * known.to(d_fake)
@@ -300,7 +289,7 @@ def layouts(
 
 # %% ../nbs/30_losses.ipynb #1a066677
 class LayoutTerm(nn.Module):
-    "Per-class mean layouts of reals and fakes, and the penalty for repeating one's own."
+    "Per-class mean layouts of reals and fakes; the penalty for repeating one's own."
     def __init__(self,
         num_classes, # number of classes; > 0
         m=0.95, # share kept per update of a class; [0, 1); measured below
@@ -308,11 +297,10 @@ class LayoutTerm(nn.Module):
         super().__init__()
         if not 0 <= m < 1: raise ValueError(f'm must be in [0, 1), got {m}')
         self.m = m
-        for name in ('real', 'fake'):
-            self.register_buffer(
-                name, torch.zeros(num_classes, 64, dtype=torch.float64)
-            )
-        self.register_buffer('count', torch.zeros(num_classes, dtype=torch.float64))
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.register_buffer('real', zeros(num_classes, 64))
+        self.register_buffer('fake', zeros(num_classes, 64))
+        self.register_buffer('count', zeros(num_classes))
 
     @torch.no_grad()
     def update(self,
@@ -325,17 +313,15 @@ class LayoutTerm(nn.Module):
         n = of.sum(0)
         rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * (n > 0)
         for memory, l in ((self.real, l_real), (self.fake, l_fake)):
-            memory.lerp_(
-                of.T @ l.to(memory) / n.clamp(min=1)[:, None],
-                rate[:, None].expand_as(memory),
-            )
+            mean = of.T @ l.to(memory) / n.clamp(min=1)[:, None]
+            memory.lerp_(mean, rate[:, None].expand_as(memory))
         self.count += n > 0
 
     def penalty(self,
         l_fake, # (N, 64) layouts of fakes, with gradient
         y, # (N,) int64 labels
     ): # scalar in [0, 1]; decided
-        "Mean excess of the fakes' correlation with their class's mean layout; 0 where nothing is known."
+        "Mean excess of the fakes' correlation with their class's mean layout."
         own, floor = self.fake[y].to(l_fake), self.real[y].square().sum(1).to(l_fake)
         return F.relu((l_fake * own).sum(1) - floor).mean()
 
@@ -349,86 +335,60 @@ class LossConfig:
     label_smoothing_real: float = 0.9
     # LABEL_SMOOTHING_FAKE: target of fakes, bce only; [0, 1]; original recipe
     label_smoothing_fake: float = 0.0
-    # weight of the adversarial loss of D and of G, mean over heads; >= 0; original recipe; 1.5 in
-    # preset modern
+    # weight of both adversarial losses; >= 0; original recipe; 1.5 in preset modern
     adv_weight: float = 1.0
-    # R1_GAMMA: R1 is weighted by half of it; >= 0; original recipe
-    r1_gamma: float = 15.0
-    # R1_EVERY: steps between R1, not multiplied back; >= 1; original recipe
-    r1_every: int = 8
-    # R2 on fakes, every r1_every steps, times half of it; >= 0; 0 in the original recipe
+    r1_gamma: float = 15.0 # R1_GAMMA: R1 counts by half of it; >= 0; original recipe
+    r1_every: int = 8 # R1_EVERY: steps from R1 to R1, unscaled; >= 1; original recipe
+    # R2 on fakes, every r1_every steps, by half of it; >= 0; 0 in the original recipe
     r2_gamma: float = 0.0
-    # DRIFT_EPS: weight of the squared real logit; >= 0; original recipe
-    drift_eps: float = 1e-3
+    drift_eps: float = 1e-3 # DRIFT_EPS: of squared real logits; >= 0; original recipe
     # LAMBDA_STATS: weight of the colour statistics; >= 0; original recipe
     lambda_stats: float = 3e-3
     # LAMBDA_PERCEPTUAL: weight of the encoder MSE; >= 0; original recipe
     lambda_perceptual: float = 0.01
     # LAMBDA_SATURATION: weight of the saturation excess; >= 0; original recipe
     lambda_saturation: float = 0.05
-    # mean |pixel| that costs nothing; [0, 1]; original recipe
-    saturation_limit: float = 0.6
+    saturation_limit: float = 0.6 # mean |pixel| that is free; [0, 1]; original recipe
     # LAMBDA_FEATURE_MATCHING: weight of D's feature MSE; >= 0; original recipe
     lambda_feature_matching: float = 0.1
-    # USE_MIXING_REG: whether mixing_reg_weight counts; original recipe
-    use_mixing_reg: bool = True
+    use_mixing_reg: bool = True # USE_MIXING_REG: count the next; original recipe
     # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; original recipe
     mixing_reg_weight: float = 0.1
-    # variance over the batch that costs nothing; >= 0; original recipe
-    mixing_target: float = 0.1
+    mixing_target: float = 0.1 # variance in a batch that is free; >= 0; original recipe
     pair_weight: float = 0.0 # weight of the pair term; >= 0; 0.5 in preset modern
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
     def __post_init__(self):
         if self.adversarial not in ('bce', 'logistic', 'hinge', 'relativistic'):
             raise ValueError(
-                f'adversarial must be bce, logistic, hinge or relativistic, got '
+                'adversarial must be bce, logistic, hinge or relativistic, got '
                 f'{self.adversarial!r}'
             )
-        if not 0 <= self.label_smoothing_fake < self.label_smoothing_real <= 1:
-            raise ValueError(
-                'label smoothing needs 0 <= fake < real <= 1, got '
-                f'fake {self.label_smoothing_fake}, real {self.label_smoothing_real}'
-            )
-        if not 0 <= self.saturation_limit <= 1:
-            raise ValueError(
-                f'saturation_limit must be in [0, 1], got {self.saturation_limit}'
-            )
-        if not (isinstance(self.r1_every, int) and self.r1_every >= 1):
-            raise ValueError(
-                f'r1_every must be a whole number >= 1, got {self.r1_every}'
-            )
-        for name in (
-            'adv_weight',
-            'r1_gamma',
-            'r2_gamma',
-            'drift_eps',
-            'lambda_stats',
-            'lambda_perceptual',
-            'lambda_saturation',
-            'lambda_feature_matching',
-            'mixing_reg_weight',
-            'mixing_target',
-            'pair_weight',
-            'layout_weight',
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f'{name} must be finite and >= 0, got {getattr(self, name)}'
-                )
+        real, fake = self.label_smoothing_real, self.label_smoothing_fake
+        if not 0 <= fake < real <= 1:
+            what = f'got fake {fake}, real {real}'
+            raise ValueError(f'label smoothing needs 0 <= fake < real <= 1, {what}')
+        every, limit = self.r1_every, self.saturation_limit
+        if not 0 <= limit <= 1:
+            raise ValueError(f'saturation_limit must be in [0, 1], got {limit}')
+        if not (isinstance(every, int) and every >= 1):
+            raise ValueError(f'r1_every must be a whole number >= 1, got {every}')
+        free = ('adversarial', 'use_mixing_reg')
+        for name, value in vars(self).items():
+            if name not in free and not 0 <= value < math.inf:
+                raise ValueError(f'{name} must be finite and >= 0, got {value}')
 
 # %% ../nbs/30_losses.ipynb #78e953d3
 def d_adversarial(
     cfg, # LossConfig
 ): # fn(real, fake) -> scalar
     "D's adversarial loss, by name."
-    smoothed = partial(
-        d_bce,
-        real_target=cfg.label_smoothing_real,
-        fake_target=cfg.label_smoothing_fake,
-    )
+    targets = (cfg.label_smoothing_real, cfg.label_smoothing_fake)
     return dict(
-        bce=smoothed, logistic=d_logistic, hinge=d_hinge, relativistic=d_relativistic
+        bce=partial(d_bce, real_target=targets[0], fake_target=targets[1]),
+        logistic=d_logistic,
+        hinge=d_hinge,
+        relativistic=d_relativistic,
     )[cfg.adversarial]
 
 # %% ../nbs/30_losses.ipynb #78e953d3-1
@@ -436,12 +396,9 @@ def g_adversarial(
     cfg, # LossConfig
 ): # fn(fake, real) -> scalar; only relativistic looks at real
     "G's adversarial loss, by name."
+    if cfg.adversarial == 'relativistic': return g_relativistic
     alone = g_hinge if cfg.adversarial == 'hinge' else g_nonsat
-    return (
-        g_relativistic
-        if cfg.adversarial == 'relativistic'
-        else lambda fake, real=None: alone(fake)
-    )
+    return lambda fake, real=None: alone(fake)
 
 # %% ../nbs/30_losses.ipynb #4df7195c
 def r1_due(
@@ -494,26 +451,19 @@ def weighted_sum(
     weights, # dict name -> float >= 0; names as in terms
 ): # (total scalar, log dict of detached name and name_w)
     "The weighted sum of the terms: the one place where a weight is applied."
+    needed = {k for k, w in weights.items() if w != 0}
+    wrong = {k for k, w in weights.items() if not 0 <= w < math.inf}
     faults = {
         'terms without a weight': terms.keys() - weights.keys(),
-        'weighted terms that are missing': {k for k, w in weights.items() if w != 0}
-        - terms.keys(),
+        'weighted terms that are missing': needed - terms.keys(),
         'terms that are not scalars': {k for k, t in terms.items() if t.ndim},
-        'weights that are not finite and >= 0': {
-            k for k, w in weights.items() if not 0 <= w < math.inf
-        },
+        'weights that are not finite and >= 0': wrong,
     }
     for what, names in faults.items():
         if names: raise ValueError(f'{what}: {", ".join(sorted(names))}')
-    added = {k: weights[k] * _full(t) for k, t in terms.items() if weights[k] != 0}
+    added = {k: weights[k] * _full(t) for k, t in terms.items() if k in needed}
     if not added: raise ValueError('nothing to minimise: every weight is 0')
     log = {k: t.detach() for k, t in terms.items()}
-    log |= {
-        f'{k}_w': (
-            added[k].detach()
-            if k in added
-            else torch.zeros_like(t, requires_grad=False)
-        )
-        for k, t in terms.items()
-    }
+    share = lambda k, t: added[k].detach() if k in added else torch.zeros_like(t)
+    log |= {f'{k}_w': share(k, t) for k, t in log.items()}
     return sum(added.values()), log
