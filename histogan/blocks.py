@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLOPE', 'GAIN', 'rms_norm', 'condition', 'linear', 'EqualLinear', 'MappingNetwork', 'demodulation', 'conv_same',
-           'ModulatedConv2d', 'upsample2', 'draw_noise', 'noise_maps', 'Block', 'draw_crossover', 'mix_styles',
-           'ClampInward', 'clamp_output']
+           'ModulatedConv2d', 'scales_at_once', 'upsample2', 'draw_noise', 'noise_maps', 'Block', 'draw_crossover',
+           'mix_styles', 'ClampInward', 'clamp_output']
 
 # %% ../nbs/10_blocks.ipynb #8eddb11e
 from math import sqrt
@@ -129,17 +129,77 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel, kernel) * std)
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
+    def scales(
+        self,
+        w,      # styles; (N, w_dim)
+    ):          # of input channels (N, in_ch), of output channels (N, out_ch) or None
+        "What the style multiplies features by, before and after."
+        s = 1 + self.style(w)
+        return s, self.gain * demodulation(self.weight, s) if self.demodulate else None
+
     def forward(
         self,
-        x,      # features; (N, in_ch, H, W)
-        w,      # styles; (N, w_dim)
-    ):          # (N, out_ch, H, W)
-        s = 1 + self.style(w)                                       # (N, I)
+        x,              # features; (N, in_ch, H, W)
+        w,              # styles; (N, w_dim)
+        scales=None,    # of w, when already computed
+    ):                  # (N, out_ch, H, W)
+        s, d = scales or self.scales(w)
         out = conv_same(x * s[..., None, None], self.weight, self.padding)
         bias = self.bias[:, None, None].to(out.dtype)
-        if not self.demodulate: return out + bias
-        d = self.gain * demodulation(self.weight, s)                # (N, O)
+        if d is None: return out + bias
         return torch.addcmul(bias, out, d[..., None, None].to(out.dtype))
+
+# %% ../nbs/10_blocks.ipynb #1daaea1d
+class _Demodulations(torch.autograd.Function):
+    "gain × demodulation of several layers; scales and results side by side."
+    @staticmethod
+    def forward(ctx, s, gain, eps, *weights):  # (N, ΣI) → (N, ΣO)
+        powers = [(w * w).sum((2, 3)) for w in weights]  # (O, I) each
+        parts = (s * s).split([w.shape[1] for w in weights], 1)
+        d = torch.cat([a @ p.T for a, p in zip(parts, powers)], 1)
+        d = gain * (d + eps).rsqrt()
+        ctx.gain = gain
+        ctx.save_for_backward(s, d, *weights, *powers)
+        return d
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        s, d, *both = ctx.saved_tensors
+        weights, powers = both[:len(both) // 2], both[len(both) // 2:]
+        g = (g * d ** 3 / -ctx.gain ** 2).split([len(w) for w in weights], 1)
+        squares = (s * s).split([w.shape[1] for w in weights], 1)
+        for_s = torch.cat([a @ p for a, p in zip(g, powers)], 1) * s
+        for_w = [w * (a.T @ q)[:, :, None, None] for w, a, q in zip(weights, g, squares)]
+        return for_s, None, None, *for_w
+
+# %% ../nbs/10_blocks.ipynb #48363198
+def _styles_at_once(convs, ws):
+    "1 + style of each convolution, side by side; convs by block, ws (n_blocks, N, w_dim)."
+    if ws.stride(0) == 0: convs, ws = [sum(convs, [])], ws[:1]  # one style for all
+    def of(layers, w):
+        weight, bias = (torch.cat([getattr(c.style, k) for c in layers])
+                        for k in ('weight', 'bias'))
+        return F.linear(w, weight, bias)
+    parts = [of(layers, w) for layers, w in zip(convs, ws)]
+    return 1 + (torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+
+# %% ../nbs/10_blocks.ipynb #df5a1263
+def scales_at_once(
+    convs,      # lists of ModulatedConv2d, one for each block, all of one kind
+    ws,         # styles; (n_blocks, N, w_dim)
+):              # lists of what `scales` gives for each
+    "The scales of all layers, in a number of kernels that hardly grows with them."
+    layers = sum(convs, [])
+    s, d = _styles_at_once(convs, ws), [None] * len(layers)
+    if layers[0].demodulate:
+        full = torch.promote_types(layers[0].weight.dtype, torch.float32)
+        with torch.autocast(s.device.type, enabled=False):
+            args = layers[0].gain, 1e-8, *(c.weight.to(full) for c in layers)
+            d = _Demodulations.apply(s.to(full), *args)
+        d = d.split([len(c.weight) for c in layers], 1)
+    found = iter(zip(s.split([c.weight.shape[1] for c in layers], 1), d))
+    return [[next(found) for _ in block] for block in convs]
 
 # %% ../nbs/10_blocks.ipynb #2de5c24c
 def upsample2(
@@ -208,12 +268,14 @@ class Block(nn.Module):
         x,              # features; (N, in_ch, r/2, r/2)
         w,              # styles; (N, w_dim)
         noise=None,     # noise map; (N or 1, 1, r, r); None: none
+        scales=(None, None), # of w in both convolutions, when already computed
     ):                  # (N, out_ch, r, r)
-        if self.conv_first: x = upsample2(self.conv1(x, w))
-        else: x = self.conv1(upsample2(x), w)
+        if self.conv_first: x = upsample2(self.conv1(x, w, scales[0]))
+        else: x = self.conv1(upsample2(x), w, scales[0])
         if noise is not None:
             x = torch.addcmul(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
-        return F.leaky_relu(self.conv2(F.leaky_relu(x, SLOPE), w), SLOPE)
+        x = self.conv2(F.leaky_relu(x, SLOPE), w, scales[1])
+        return F.leaky_relu(x, SLOPE)
 
 # %% ../nbs/10_blocks.ipynb #683252d2
 def draw_crossover(

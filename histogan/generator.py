@@ -33,6 +33,7 @@ from histogan.blocks import (
     mix_styles,
     noise_maps,
     rms_norm,
+    scales_at_once,
     upsample2,
 )
 
@@ -191,15 +192,27 @@ class Synthesis(nn.Module):
         noise=None,     # None, a torch.Generator, a list or 'zero'
     ):                  # (N, 3, R, R), at least float32
         maps = noise_maps(noise, len(zc), self.cfg.sizes, zc.device)
+        inner, colour = self.scales(ws)
         x, image = self.stem(zc), None
         for i, block in enumerate(self.blocks):
-            x = block(x, ws[i], maps[i])  # (N, C, r, r)
+            x = block(x, ws[i], maps[i], inner[i])  # (N, C, r, r)
             if self.cfg.to_rgb == 'skip':
-                rgb = self.to_rgb[i](x, ws[i])  # (N, 3, r, r)
+                rgb = self.to_rgb[i](x, ws[i], colour[i][0])  # (N, 3, r, r)
                 image = rgb if image is None else upsample2(image) + rgb
         if self.cfg.to_rgb == 'last': image = self.to_rgb[0](x)  # (N, 3, R, R)
         image = image.to(torch.promote_types(image.dtype, torch.float32))
         return clamp_output(image, self.cfg.output_clamp, self.cfg.clamp)
+
+    def scales(
+        self,
+        ws,     # styles; (n_blocks, N, w_dim)
+    ):          # for each block those of its convolutions, of its colours; or None
+        "The scales of all layers: at once in training, else left to each layer."
+        n, skip = len(self.blocks), self.cfg.to_rgb == 'skip'
+        if not self.training or torch.compiler.is_compiling():
+            return [(None, None)] * n, [(None,)] * n
+        inner = scales_at_once([[b.conv1, b.conv2] for b in self.blocks], ws)
+        return inner, scales_at_once([[c] for c in self.to_rgb], ws) if skip else None
 
 # %% ../nbs/10_generator.ipynb #9bacfe9c
 class Styles(nn.Module):
@@ -224,9 +237,11 @@ class Styles(nn.Module):
             raise ValueError(
                 f'z must be {want} for {len(y)} labels, not {tuple(z.shape)}'
             )
-        if y.device.type == 'cpu' and ((y < 0) | (y >= k)).any():
-            raise ValueError(f'labels must lie in 0 … {k - 1}, not {y.tolist()}')
-        zc = condition(z, self.embed(y), self.cfg.cond)
+        try: e = self.embed(y)
+        except IndexError:  # on the CPU
+            told = f'labels must lie in 0 … {k - 1}, not {y.tolist()}'
+            raise ValueError(told) from None
+        zc = condition(z, e, self.cfg.cond)
         return zc, self.mapping(zc)
 
 # %% ../nbs/10_generator.ipynb #2f7b6a1f

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['MODULES', 'GUARDS', 'NUMBERS', 'RECIPE_COLUMNS', 'TERM_NAMES', 'COLUMNS', 'TrainState', 'state_dict',
            'load_state_dict', 'in_force', 'build', 'reseed', 'drawn', 'whole_batch', 'EncodedBatch', 'wants_encoder',
-           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'norms_once', 'Terms', 'd_step',
-           'd_terms', 'r1_of', 'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances',
+           'wants_vector', 'encode_batch', 'known_vectors', 'draw_fakes', 'autocast', 'Terms', 'd_step', 'd_terms',
+           'over_heads', 'r1_of', 'accuracy', 'optimizer_step', 'g_step', 'g_terms', 'weights_of_g', 'distances',
            'pixel_stats', 'after_d', 'after_g', 'lrs_at', 'set_lr', 'train_step', 'prepare_batch', 'row_of']
 
 # %% ../nbs/52_step.ipynb #f9850b21
 from .config import Config, fit_to_data, pick_amp, pick_device
 
 # %% ../nbs/52_step.ipynb #7b1ad7dd
-import contextlib, math
+import math
 import numpy as np
 import torch
 from dataclasses import asdict, dataclass, field, replace
 from torch import nn
-from torch.nn.utils import parametrize
 from typing import NamedTuple
 from .augment import AdaState, accuracy_threshold, ada_update
 from .augment import apply_augmentations, d4, draw_augmentations, draw_d4
@@ -26,7 +25,7 @@ from .augment import real_accuracy
 from .checkpoint import load_part
 from .core import InputError
 from .data import to_float
-from .discriminator import CombinedCondDiscriminator, joint
+from .discriminator import CombinedCondDiscriminator, joint, norms_once
 from .dist import average, gather_batch, local_rows, world
 from .encoder import Encoded
 from .generator import Generator, draw_crossover, draw_noise
@@ -281,18 +280,6 @@ def autocast(
     half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(s.cfg.run.amp)
     return torch.autocast(s.device.type, half, enabled=half is not None)
 
-# %% ../nbs/52_step.ipynb #6d3d7339
-@contextlib.contextmanager
-def norms_once(
-    D: nn.Module,  # its spectral norms
-):
-    "Normalise each weight once for the length of a block, in full precision."
-    with parametrize.cached():
-        for m in D.modules():
-            if parametrize.is_parametrized(m):
-                for name in m.parametrizations: getattr(m, name)
-        yield
-
 # %% ../nbs/52_step.ipynb #46847788
 class Terms(NamedTuple):
     "What one optimiser step reports, as Python numbers."
@@ -327,16 +314,26 @@ def d_terms(
     fakes: EncodedBatch,  # no graph
 ) -> tuple[dict, object, object]:  # name -> unweighted term; DOutput on reals, on fakes
     "Every term of D's objective; reals and fakes go through D together."
-    c, loss_fn = s.cfg.loss, d_adversarial(s.cfg.loss)
+    c = s.cfg.loss
     with autocast(s):
         x, both = torch.cat([reals.aug, fakes.aug]), joint(reals.encoded, fakes.encoded)
         real, fake = s.D(x, torch.cat([y, y]), s.gate.alpha, both).split()
-        each = [loss_fn(r, f) for r, f in zip(real.logits, fake.logits)]
-        terms = dict(adv=torch.stack(each).mean())
+        terms = dict(adv=over_heads(d_adversarial(c), real, fake))
     if c.drift_eps: terms['drift'] = drift(real.logits[0])
     if r1_due(c, s.step): terms['r1'] = r1_of(s, reals.aug, y)
     if r2_due(c, s.step): terms['r2'] = r1_of(s, fakes.aug, y)
     return terms, real, fake
+
+# %% ../nbs/52_step.ipynb #63704944
+def over_heads(
+    fn,  # of logits (K, …) of one output and of another: their mean
+    a,  # DOutput
+    b,  # DOutput of as many images
+) -> torch.Tensor:  # 0-d
+    "Mean over all logits in play, each head counting the same."
+    groups = list(zip(a.groups, b.groups))
+    if len(groups) == 1: return fn(*groups[0])
+    return sum(fn(x, y) * len(x) for x, y in groups) / sum(len(x) for x, _ in groups)
 
 # %% ../nbs/52_step.ipynb #8a69accc
 def r1_of(
@@ -356,12 +353,11 @@ def accuracy(
 ) -> torch.Tensor:  # 0-d, share of reals that D calls real
     "The reading that ADA and the gate steer by."
     if s.cfg.loss.adversarial == 'relativistic':  # only differences mean anything
-        won = [(r > f).float().mean() for r, f in zip(real.logits, fake.logits)]
-        return torch.stack(won).mean()
+        return over_heads(lambda r, f: (r > f).float().mean(), real, fake)
     c, smooth = s.cfg.loss, (1.0, 0.0)
     if c.adversarial == 'bce': smooth = c.label_smoothing_real, c.label_smoothing_fake
     at = accuracy_threshold(s.cfg.ada, *smooth)
-    return torch.stack([real_accuracy(r, at) for r in real.logits]).mean()
+    return over_heads(lambda r, f: real_accuracy(r, at), real, fake)
 
 # %% ../nbs/52_step.ipynb #ef712732
 def optimizer_step(
@@ -423,9 +419,7 @@ def g_terms(
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
     with torch.no_grad():
         real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
-    loss_fn = g_adversarial(c)
-    each = [loss_fn(f, r) for f, r in zip(fake.logits, real.logits)]
-    terms = dict(adv=torch.stack(each).mean())
+    terms = dict(adv=over_heads(g_adversarial(c), fake, real))
     if w['stats']: terms['stats'] = s.stats.penalty(batch)
     if w['perceptual']:
         terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
