@@ -28,6 +28,8 @@ class StainConfig:
     luminosity: float = .8  # tissue has a lower L*/100; (0, 1); staintools
     # brightest channel below: not tissue; [0, 255]; measured, 06_stain
     black: float = 24
+    # border that is not measured; px, at most 1/8 of the side; >= 0; 06_stain
+    edge: int = 4
     dark: float = 20  # least lightness of the white point; [0, 100]; measured, 06_stain
     lambda1: float = .1  # sparsity while stains are learned; (0, 1); seed
     lambda2: float = .01  # sparsity of stain amounts; [0, 1); staintools
@@ -52,7 +54,8 @@ class StainConfig:
 
 # %% ../nbs/06_stain.ipynb #5859c8a1
 _RANGES = (
-    ('white', 50, 100), ('luminosity', .01, .99), ('black', 0, 255), ('dark', 0, 100),
+    ('white', 50, 100), ('luminosity', .01, .99), ('black', 0, 255), ('edge', 0, 64),
+    ('dark', 0, 100),
     ('lambda1', 1e-6, 1), ('lambda2', 0, 1), ('pixels', 100, 1e9),
     ('iterations', 1, 1e6), ('batch', 1, 1e6), ('beta', 0, 1), ('angle', 50, 100),
     ('percentile', 50, 100), ('min_tissue', 1e-4, 1), ('min_stain', 1e-6, 10),
@@ -141,23 +144,32 @@ def brighten(
 
 # %% ../nbs/06_stain.ipynb #blackpix
 def not_black(
-    img: np.ndarray,  # (H, W, 3) uint8
+    img: np.ndarray,  # (..., 3) uint8
     cfg: StainConfig = StainConfig(),  # black
-) -> np.ndarray:  # (H, W) bool
+) -> np.ndarray:  # (...) bool
     "Pixels that light came through: the brightest channel says so."
-    r, g, b = img.transpose(2, 0, 1)
+    r, g, b = np.moveaxis(img, -1, 0)
     return np.maximum(np.maximum(r, g), b) >= cfg.black
 
 # %% ../nbs/06_stain.ipynb #blackpix-1
-def _inside(img, on):  # (H, W, 3), (H, W) bool -> (H, W) bool
+def _inside(img, on):  # (..., H, W, 3), (..., H, W) bool -> (..., H, W) bool
     "Without the pixels beside black, where compression mixed the two."
     if on.all() or not img[~on].any(): return on
     rows = on.copy()
-    rows[1:] &= on[:-1]
-    rows[:-1] &= on[1:]
+    rows[..., 1:, :] &= on[..., :-1, :]
+    rows[..., :-1, :] &= on[..., 1:, :]
     out = rows.copy()
-    out[:, 1:] &= rows[:, :-1]
-    out[:, :-1] &= rows[:, 1:]
+    out[..., 1:] &= rows[..., :-1]
+    out[..., :-1] &= rows[..., 1:]
+    return out
+
+# %% ../nbs/06_stain.ipynb #blackpix-2
+def _middle(on, edge):  # (..., H, W) bool, px -> (..., H, W) bool
+    "Without the border of the picture, where black edges and seams lie."
+    n = min(int(edge), min(on.shape[-2:]) // 8)
+    out = np.zeros_like(on)
+    inner = (..., slice(n, on.shape[-2] - n), slice(n, on.shape[-1] - n))
+    out[inner] = on[inner]
     return out
 
 # %% ../nbs/06_stain.ipynb #litcell1
@@ -165,18 +177,18 @@ class Light(NamedTuple):
     "Which pixels of a patch count"
     lab: np.ndarray  # (3, n) L*a*b*, brightened where that is asked for
     on: np.ndarray  # (n,) bool: not black
-    clear: np.ndarray  # (n,) bool: neither black nor beside it
+    clear: np.ndarray  # (n,) bool: neither black, nor beside it, nor at the border
     tissue: np.ndarray  # (n,) bool: clear, and darker than glass
     top: float  # lightness of the white point before that; 0: all is black
 
 # %% ../nbs/06_stain.ipynb #litcell1-1
 def light_of(
-    img: np.ndarray,  # (H, W, 3) uint8
-    cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black
+    img: np.ndarray,  # (H, W, 3) uint8; or (N, H, W, 3): one slide
+    cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black, edge
 ) -> Light:
     "L*a*b*, and which pixels are tissue: black and glass are not."
     lab, on = to_lab(img), not_black(img, cfg)
-    clear = _inside(img, on).ravel()
+    clear = _middle(_inside(img, on), cfg.edge).ravel()
     seen = lab[0] if clear.all() else lab[0][clear]
     top = float(np.percentile(seen, cfg.white)) if len(seen) else 0.
     if cfg.standardise: lab = brighten(lab, top)
@@ -184,8 +196,8 @@ def light_of(
 
 # %% ../nbs/06_stain.ipynb #e08f832c
 def optical_density(
-    img: np.ndarray,  # (H, W, 3) uint8
-    cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black
+    img: np.ndarray,  # (H, W, 3) uint8; or (N, H, W, 3): one slide
+    cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black, edge
 ) -> tuple[np.ndarray, np.ndarray]:  # (3, n) float32 > 0; (n,) bool: tissue
     "Density of every pixel, and which pixels are tissue."
     light = light_of(img, cfg)
@@ -288,7 +300,7 @@ class Measured(NamedTuple):
     reason: str  # empty, or why the patch must be left as it is
     stats: dict  # what a target keeps: matrix and scale, or mean and std
     pixels: np.ndarray  # (2, n) amounts of stain, or (3, n) L*a*b*
-    on: np.ndarray  # (n,) bool: not black
+    light: Light  # which of them count
 
 # %% ../nbs/06_stain.ipynb #eae43788-2
 class StainReport(NamedTuple):
@@ -317,7 +329,7 @@ _STAINS = dict(vahadane=_vahadane, macenko=_macenko)
 def _measure_stains(img, method, cfg) -> Measured:
     "Stain matrix, amounts and their scale."
     light = light_of(img, cfg)
-    if reason := _unfit(light, cfg): return Measured(reason, {}, light.lab, light.on)
+    if reason := _unfit(light, cfg): return Measured(reason, {}, light.lab, light)
     od = _od(img, light, cfg)
     matrix = _ordered(_STAINS[method](od, light.tissue, cfg))
     c = amounts(od, matrix, cfg.lambda2)
@@ -327,17 +339,17 @@ def _measure_stains(img, method, cfg) -> Measured:
         matrix, scale, c = (v[::-1].copy() for v in (matrix, scale, c))
     bad = scale.min() < cfg.min_stain or (matrix[0] * matrix[1]).sum() > .9995
     stats = dict(matrix=matrix, scale=scale)
-    return Measured(FLAT if bad else '', stats, c, light.on)
+    return Measured(FLAT if bad else '', stats, c, light)
 
 # %% ../nbs/06_stain.ipynb #98879c44
 def _measure_lab(img, method, cfg) -> Measured:
     "Mean and standard deviation of L*a*b*."
     light = light_of(img, cfg)
-    if reason := _unfit(light, cfg): return Measured(reason, {}, light.lab, light.on)
+    if reason := _unfit(light, cfg): return Measured(reason, {}, light.lab, light)
     lab = light.lab if light.clear.all() else light.lab[:, light.clear]
     stats = dict(mean=lab.mean(1, dtype=np.float64), std=lab.std(1, dtype=np.float64))
     reason = FLAT if stats['std'].min() < .5 else ''
-    return Measured(reason, stats, light.lab, light.on)
+    return Measured(reason, stats, light.lab, light)
 
 # %% ../nbs/06_stain.ipynb #f501d01d
 def _from_amounts(seen, target, even=False):  # -> (3, n) uint8
@@ -363,9 +375,9 @@ def _grey(x):  # (n, 3) uint8 -> (n,) int32, 256 times the brightness
     return 77 * r + 150 * g + 29 * b
 
 # %% ../nbs/06_stain.ipynb #matchpic-1
-def _match(before, after, on) -> float:  # two (n, 3) uint8; in [-1, 1]
-    "Correlation of brightness where it is not black; some 16,000 pixels are enough."
-    if not on.all(): before, after = before[on], after[on]
+def _match(before, after, clear) -> float:  # two (n, 3) uint8; in [-1, 1]
+    "Correlation of brightness where it was measured; some 16,000 pixels are enough."
+    if not clear.all(): before, after = before[clear], after[clear]
     step = max(1, len(before) >> 14) | 1
     return _correlation(_grey(before[::step]), _grey(after[::step]))
 
@@ -383,11 +395,6 @@ def _images(x):
             f'stain wants (H, W, 3) or (N, H, W, 3) uint8, got {x.shape} {x.dtype}'
         )
     return x
-
-# %% ../nbs/06_stain.ipynb #080892fe-1
-def _one_image(x):  # (N, H, W, 3) -> (N * H, W, 3)
-    "Patches below each other: whatever follows only counts pixels."
-    return x.reshape(-1, *x.shape[-2:])
 
 # %% ../nbs/06_stain.ipynb #080892fe-2
 def _method(name):
@@ -432,7 +439,7 @@ def fit(self: StainNormalizer,
     img: np.ndarray,  # (H, W, 3) uint8: the target; or (N, H, W, 3)
 ) -> StainNormalizer:  # itself
     "Take the colours of a target: one patch, or several of one slide."
-    img = _one_image(_images(img))
+    img = _images(img)
     if not self.enabled: return self
     seen = self._measure(img)
     if seen.reason:
@@ -450,11 +457,11 @@ def _one(self: StainNormalizer, img) -> tuple[np.ndarray, str]:
     seen = self._measure(img)
     if seen.reason: return img, seen.reason
     rebuild = _from_amounts if 'matrix' in self.target else _from_statistics
-    before = img.reshape(-1, 3)
+    before, on = img.reshape(-1, 3), seen.light.on
     for even in (False, True):
         after = np.ascontiguousarray(rebuild(seen, self.target, even).T)
-        if not seen.on.all(): after = np.where(seen.on[:, None], after, before)
-        if _match(before, after, seen.on) >= self.cfg.min_match:
+        if not on.all(): after = np.where(on[:, None], after, before)
+        if _match(before, after, seen.light.clear) >= self.cfg.min_match:
             return after.reshape(img.shape), ''
     return img, TURNED
 
@@ -472,7 +479,7 @@ def transform(self: StainNormalizer,
     done = [
         self._one(img)
         for img in (
-            [_one_image(x)] if together and x.size else x.reshape(-1, *x.shape[-3:])
+            [x] if together and x.size else x.reshape(-1, *x.shape[-3:])
         )
     ]
     out = np.array([img for img, _ in done], np.uint8).reshape(x.shape)
@@ -514,7 +521,7 @@ def separate(
     cfg: StainConfig = StainConfig(),  # its constants
 ) -> tuple[np.ndarray, np.ndarray]:  # (2, 3) rows H, E; (2, H, W) amounts
     "Stain matrix and amounts of a patch; `InputError` if there are none to find."
-    img = _one_image(_images(img))
+    img = _images(img)
     if _method(method) == 'reinhard':
         raise InputError(
             '--stain.method: reinhard knows no stains; use vahadane or macenko'
@@ -526,7 +533,7 @@ def separate(
         )
     seen = _measure_stains(img, method, cfg)
     if seen.reason: raise InputError(f'stain: {seen.reason} in this patch')
-    return seen.stats['matrix'], seen.pixels.reshape(2, *img.shape[:2])
+    return seen.stats['matrix'], seen.pixels.reshape(2, -1, img.shape[-2])
 
 # %% ../nbs/06_stain.ipynb #11b555ae-1
 def stain_matrix(
@@ -546,7 +553,7 @@ def pick_target(
     "The patch whose colours are nearest to the medians of a sample."
     norm = StainNormalizer(method, cfg)
     if not norm.enabled: return 0
-    seen = [norm._measure(_one_image(_images(im))) for im in images]
+    seen = [norm._measure(_images(im)) for im in images]
     able = [i for i, s in enumerate(seen) if not s.reason]
     if not able:
         raise InputError(
