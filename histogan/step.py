@@ -563,7 +563,7 @@ TERM_NAMES = tuple('''d_adv d_r1 d_r2 d_drift g_adv g_stats g_perceptual g_satur
     g_feature_matching g_mixing g_pair g_layout'''.split())
 COLUMNS = (*RECIPE_COLUMNS, *'''n_img lr_g lr_d d_grad_norm g_grad_norm real_mean_abs
     fake_mean_abs gate_on alpha_max lambda_perceptual nonfinite_run
-    nonfinite_total'''.split(), *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
+    nonfinite_total w_dims'''.split(), *TERM_NAMES, *(f'{t}_w' for t in TERM_NAMES))
 
 # %% ../nbs/52_step.ipynb #e92ff202-1
 def row_of(
