@@ -43,17 +43,13 @@ class GateConfig:
 
     def __post_init__(self):
         if not 0 <= self.acc_gate_lo <= self.acc_gate_hi <= 1:
-            raise ValueError(
-                'gate.acc_gate_lo ≤ gate.acc_gate_hi must both lie in [0, 1]'
-            )
+            raise ValueError('gate.acc_gate_lo ≤ gate.acc_gate_hi: both in [0, 1]')
         if not 0 <= self.alpha_max < math.inf:
             raise ValueError('gate.alpha_max must be finite and ≥ 0')
         if not (self.alpha_dalpha > 0 and self.alpha_tau > 0):
             raise ValueError('gate.alpha_dalpha and gate.alpha_tau must be > 0')
-        if min(self.alpha_freeze_until, self.duet_dwell_steps) < 0:
-            raise ValueError(
-                'gate.alpha_freeze_until and gate.duet_dwell_steps must be ≥ 0'
-            )
+        for name in ('alpha_freeze_until', 'duet_dwell_steps'):
+            if getattr(self, name) < 0: raise ValueError(f'gate.{name} must be ≥ 0')
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-3
 @dataclass(frozen=True)
@@ -80,16 +76,11 @@ def _switch(cfg, state, obs):
     if obs.force_off: return False, None, 'forced_off' if state.on else ''
     threshold = cfg.acc_gate_lo if state.on else cfg.acc_gate_hi
     if obs.acc_ema is None: return state.on, threshold, ''
-    wants = (
-        obs.acc_ema > cfg.acc_gate_lo
-        if state.on
-        else obs.acc_ema >= cfg.acc_gate_hi and obs.stable
-    )
+    wants = obs.acc_ema > threshold
+    if not state.on: wants = obs.acc_ema >= threshold and obs.stable
     if wants == state.on: return state.on, threshold, ''
-    if (
-        state.last_switch is not None
-        and obs.step < state.last_switch + cfg.duet_dwell_steps
-    ):
+    dwell = state.last_switch is not None and cfg.duet_dwell_steps
+    if dwell and obs.step < state.last_switch + dwell:
         return state.on, threshold, 'wait'
     return wants, threshold, 'on' if wants else 'off'
 
@@ -104,15 +95,13 @@ def gate_update(
     tripped = action in ('on', 'off', 'forced_off')
     alpha = 0.0
     if obs.step >= cfg.alpha_freeze_until:
-        target = (
-            (cfg.alpha_max if obs.alpha_max is None else obs.alpha_max) if on else 0.0
-        )
+        top = cfg.alpha_max if obs.alpha_max is None else obs.alpha_max
+        target = top if on else 0.0
         pull = (1 - math.exp(-1 / cfg.alpha_tau)) * (target - state.alpha)
         alpha = state.alpha + min(max(pull, -cfg.alpha_dalpha), cfg.alpha_dalpha)
-    return (
-        GateState(on, alpha, obs.step if tripped else state.last_switch),
-        Verdict('gate', obs.step, obs.acc_ema, threshold, tripped, action, log=tripped),
-    )
+    last = obs.step if tripped else state.last_switch
+    seen = (obs.step, obs.acc_ema, threshold, tripped, action)
+    return GateState(on, alpha, last), Verdict('gate', *seen, log=tripped)
 
 # %% ../nbs/40_guards.ipynb #c9ccec2b-5
 @dataclass(frozen=True)
@@ -132,10 +121,9 @@ class SaturationConfig:
     def __post_init__(self):
         if not 0 < self.saturation_limit < math.inf:
             raise ValueError('sat.saturation_limit must be finite and > 0')
-        if not (0 < self.lambda_factor <= 1 and 0 < self.alpha_factor <= 1):
-            raise ValueError(
-                'sat.lambda_factor and sat.alpha_factor must lie in (0, 1]'
-            )
+        for name in ('lambda_factor', 'alpha_factor'):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f'sat.{name} must lie in (0, 1]')
         if not (self.lambda_min >= 0 and self.alpha_min >= 0):
             raise ValueError('sat.lambda_min and sat.alpha_min must be ≥ 0')
         if self.log_every < 1: raise ValueError('sat.log_every must be ≥ 1')
@@ -179,15 +167,13 @@ def saturation_update(
     threshold = saturation_threshold(cfg, obs.real_mean_abs)
     if not obs.fake_mean_abs > threshold:
         return state, Verdict('saturation', obs.step, obs.fake_mean_abs, threshold)
-    log = state.last_logged is None or obs.step >= state.last_logged + cfg.log_every
-    lowered = SaturationState(
-        _lower(state.lambda_perceptual, cfg.lambda_factor, cfg.lambda_min),
-        _lower(state.alpha_max, cfg.alpha_factor, cfg.alpha_min),
-        obs.step if log else state.last_logged,
-    )
-    return lowered, Verdict(
-        'saturation', obs.step, obs.fake_mean_abs, threshold, True, 'lower', log
-    )
+    last = state.last_logged
+    log = last is None or obs.step >= last + cfg.log_every
+    lam = _lower(state.lambda_perceptual, cfg.lambda_factor, cfg.lambda_min)
+    alpha_max = _lower(state.alpha_max, cfg.alpha_factor, cfg.alpha_min)
+    seen = (obs.step, obs.fake_mean_abs, threshold, True, 'lower', log)
+    lowered = SaturationState(lam, alpha_max, obs.step if log else last)
+    return lowered, Verdict('saturation', *seen)
 
 # %% ../nbs/40_guards.ipynb #2d307b13
 def _lower(value, factor, floor):
@@ -226,24 +212,11 @@ def nonfinite_update(
     obs: NonFiniteObs,  # this step's numbers
 ) -> tuple[NonFiniteState, Verdict]:  # action '', 'skip' or 'stop'
     "Count the optimiser steps that must not be taken (decided)."
-    state = (
-        NonFiniteState(0, state.total)
-        if obs.finite
-        else NonFiniteState(state.run + 1, state.total + 1)
-    )
-    action = (
-        '' if obs.finite else 'stop' if state.run >= cfg.nonfinite_limit else 'skip'
-    )
-    return state, Verdict(
-        'nonfinite',
-        obs.step,
-        state.run,
-        cfg.nonfinite_limit,
-        not obs.finite,
-        action,
-        not obs.finite,
-        obs.what,
-    )
+    run = 0 if obs.finite else state.run + 1
+    state, limit = NonFiniteState(run, state.total + (run > 0)), cfg.nonfinite_limit
+    action = '' if obs.finite else 'stop' if run >= limit else 'skip'
+    seen = (obs.step, run, limit, run > 0, action, run > 0, obs.what)
+    return state, Verdict('nonfinite', *seen)
 
 # %% ../nbs/40_guards.ipynb #84973015
 def all_finite(
@@ -251,9 +224,8 @@ def all_finite(
 ):  # 0-d bool tensor; no synchronisation until it is read
     "True when no element of any tensor is NaN or infinite."
     finite = [t.detach().isfinite().all() for t in tensors]
-    return (
-        finite[0] if len(finite) == 1 else sum(f.int() for f in finite) == len(finite)
-    )
+    if len(finite) == 1: return finite[0]
+    return sum(f.int() for f in finite) == len(finite)
 
 # %% ../nbs/40_guards.ipynb #7ca798ab
 def ema_update(
@@ -265,10 +237,8 @@ def ema_update(
     import torch  # here, so that the state machines load without it
     if not 0 <= beta <= 1: raise ValueError(f'beta must lie in [0, 1], got {beta}')
     ours, theirs = dict(G_ema.named_parameters()), dict(G.named_parameters())
-    if ours.keys() != theirs.keys():
-        raise ValueError(
-            f'G_ema and G differ: {sorted(ours.keys() ^ theirs.keys())[:3]}'
-        )
+    odd = sorted(ours.keys() ^ theirs.keys())
+    if odd: raise ValueError(f'G_ema and G differ: {odd[:3]}')
     with torch.no_grad():
         torch._foreach_lerp_(list(ours.values()), list(theirs.values()), 1 - beta)
         for a, b in zip(G_ema.buffers(), G.buffers(), strict=True): a.copy_(b)
@@ -318,11 +288,8 @@ def ema_beta_at(
     n_img: int,  # images seen so far
 ) -> float:  # beta for ema_update
     "The configured decay at this point of the run."
-    return (
-        ema_beta(cfg.half_life_img, batch, n_img, cfg.ramp)
-        if cfg.half_life_img
-        else cfg.ema_beta
-    )
+    if not cfg.half_life_img: return cfg.ema_beta
+    return ema_beta(cfg.half_life_img, batch, n_img, cfg.ramp)
 
 # %% ../nbs/40_guards.ipynb #1d463c61
 def lr_at(
@@ -358,9 +325,6 @@ def lr_tail_at(
     "Warm up, stay, then fall in a straight line over the tail (modern)."
     if total < 1: raise ValueError(f'total must be ≥ 1, got {total}')
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    done = (
-        min(max((step - (1 - tail) * total) / (tail * total), 0.0), 1.0)
-        if tail
-        else 0.0
-    )
+    done = (step - (1 - tail) * total) / (tail * total) if tail else 0.0
+    done = min(max(done, 0.0), 1.0)
     return lr * rise * (1 - (1 - final_ratio) * done)
