@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rank', 'world', 'local_rank', 'processes', 'forked', 'shard', 'gather', 'barrier', 'Elsewhere', 'on_first', 'in_turn',
-           'any_rank', 'lost_peer', 'elsewhere', 'local_rows', 'gather_batch', 'average', 'from_first']
+           'any_rank', 'lost_peer', 'elsewhere', 'local_rows', 'gather_batch', 'average', 'from_first', 'of_all',
+           'gather_each', 'batch_strength', 'batch_moments', 'batch_variance', 'traffic', 'ring_bytes', 'step_traffic']
 
 # %% ../nbs/43_dist.ipynb #2a290640
 import contextlib, datetime, multiprocessing, os, pickle, time, uuid
@@ -320,3 +321,100 @@ def from_first(
         raw = whole.reshape(-1).view(torch.uint8)
         dist.broadcast(raw, src=0)
         t.detach().copy_(raw.view(t.dtype).view(t.shape))
+
+# %% ../nbs/43_dist.ipynb #43536a9f
+def of_all(
+    x,  # (n, …) tensor: this process's images
+    statistic,  # function of the images, over all processes
+):  # the images themselves where one process has them all
+    "What a loss that is no mean over images reads."
+    return x if world() == 1 else statistic(x.float())
+
+# %% ../nbs/43_dist.ipynb #6b714e9b
+def gather_each(
+    value,  # tensor: what this process found
+):  # (world(), …), by rank; the gradient, averaged over processes, is exact
+    "The same statistic of every process."
+    return gather_batch(value[None])
+
+# %% ../nbs/43_dist.ipynb #4f1830fd
+def batch_strength(
+    x,  # (n, …) this process's images
+):  # (world(),) mean |x| of each process
+    "How far from grey the images of all are."
+    return gather_each(x.abs().mean())
+
+# %% ../nbs/43_dist.ipynb #265bfd2a
+def batch_moments(
+    x,  # (n, C, H, W) this process's images
+):  # (mean, std), each (C,), over the images of all; std is unbiased
+    "Mean and standard deviation per channel."
+    import torch
+    over, n = (0, 2, 3), world() * x.numel() // x.shape[1]
+    own = torch.stack([x.mean(over), x.var(over, correction=0)])
+    mean, var = gather_each(own).unbind(1)  # (world, C)
+    var = var.mean(0) + mean.var(0, correction=0)
+    return mean.mean(0), (var * n / (n - 1)).sqrt()
+
+# %% ../nbs/43_dist.ipynb #eedbdc63
+def batch_variance(
+    x,  # (n, …) this process's images
+):  # scalar, unbiased
+    "Variance over the images of all, mean over pixels; one mean image is sent."
+    centre = x.detach().mean(0)
+    average([centre])
+    spread = (x - centre).square().sum() / centre.numel()
+    return gather_each(spread).sum() / (len(x) * world() - 1)
+
+# %% ../nbs/43_dist.ipynb #08f00633
+@contextlib.contextmanager
+def traffic():  # yields dict(gathered=bytes, reduced=bytes), which fills
+    "Count what the tensors of a block make this process receive."
+    import torch.distributed as dist
+    seen, real = dict(gathered=0, reduced=0), (dist.all_gather, dist.all_reduce)
+    def gathers(parts, x, *a, **k):
+        seen['gathered'] += (len(parts) - 1) * x.nbytes
+        return real[0](parts, x, *a, **k)
+    def reduces(x, *a, **k):
+        seen['reduced'] += ring_bytes(x.nbytes, world())
+        return real[1](x, *a, **k)
+    dist.all_gather, dist.all_reduce = gathers, reduces
+    try: yield seen
+    finally: dist.all_gather, dist.all_reduce = real
+
+# %% ../nbs/43_dist.ipynb #556cffcd
+def ring_bytes(
+    size,  # of a tensor; bytes
+    n: int,  # processes
+):  # bytes that each of them receives
+    "Reducing in a ring: every part goes round twice."
+    return 2 * (n - 1) * size // n
+
+# %% ../nbs/43_dist.ipynb #ef726969
+def step_traffic(
+    s,  # TrainState after a step
+    weights: dict,  # of G's terms: weights_of_g
+    n: int,  # processes that share the batch
+) -> dict:  # gathered, reduced: bytes that each receives
+    "What a training step sends, from sizes alone."
+    rows = s.cfg.data.batch_size // n
+    mixed = 3 * s.cfg.data.image_size ** 2 if weights['mixing'] else 0
+    reduced = [_graded(s.D), _graded(s.G), mixed, 2]  # floats; the vote is one int64
+    gathered = (n - 1) * 4 * (_floats_of_all(weights) + rows * _floats_of_each(s, weights))
+    return dict(gathered=gathered, reduced=sum(ring_bytes(4 * k, n) for k in reduced))
+
+# %% ../nbs/43_dist.ipynb #f9e70ef5
+def _graded(net):
+    "Numbers in the gradients of a network."
+    return sum(p.numel() for p in net.parameters() if p.grad is not None)
+
+# %% ../nbs/43_dist.ipynb #c14bb598
+def _floats_of_all(w):
+    "What a process gathers once: moments of reals, of fakes; the log's eight; two terms."
+    return 6 + 8 + 6 * bool(w['stats']) + bool(w['saturation']) + bool(w['mixing'])
+
+# %% ../nbs/43_dist.ipynb #79d7415e
+def _floats_of_each(s, w):
+    "For each image: its class, two layouts of 64, half of its pair's distances."
+    layout = bool(w['layout']) * (2 + 128)
+    return layout + bool(w['pair']) * (2 + s.pair.distance.shape[1] / 2)

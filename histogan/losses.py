@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['d_logistic', 'g_nonsat', 'd_bce', 'd_hinge', 'g_hinge', 'd_relativistic', 'g_relativistic', 'r1_penalty', 'drift',
-           'channel_stats', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
+           'channel_stats', 'unit_range', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
            'pair_statistics', 'pair_distance', 'PairTerm', 'layouts', 'LayoutTerm', 'LossConfig', 'd_adversarial',
            'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weighted_sum']
 
@@ -120,11 +120,19 @@ def drift(
 
 # %% ../nbs/30_losses.ipynb #39b25aba
 def channel_stats(
-    x, # (N, C, H, W) images in [-1, 1]; values outside are clamped
+    x, # (N, C, H, W) images in [-1, 1], clamped; or (mean, std), known already
 ): # (mean, std), each (C,), of the images in [0, 1]
     "Mean and unbiased standard deviation per channel over N, H and W."
-    x = _full(x).clamp(-1, 1) * 0.5 + 0.5
+    if isinstance(x, tuple): return x
+    x = unit_range(x)
     return x.mean((0, 2, 3)), x.std((0, 2, 3))
+
+# %% ../nbs/30_losses.ipynb #4d9897a6
+def unit_range(
+    x, # images in [-1, 1]; values outside are clamped
+): # float32 in [0, 1]
+    "Images as the moments see them."
+    return _full(x).clamp(-1, 1) * 0.5 + 0.5
 
 # %% ../nbs/30_losses.ipynb #f73440c5
 class RealStatsEMA(nn.Module):
@@ -184,13 +192,13 @@ def perceptual(
 
 # %% ../nbs/30_losses.ipynb #64f4dcc3
 def mixing_reg(
-    x_fake, # (N, 3, H, W) fakes in [-1, 1]; N >= 2
+    x_fake, # (N, 3, H, W) fakes in [-1, 1], N >= 2; or their variance, a scalar
     target=0.1, # variance that costs nothing; >= 0; original recipe
 ): # scalar; original recipe
     "Squared shortfall of the pixel variance over the batch, averaged over pixels."
+    if x_fake.ndim == 0: return (target - x_fake).clamp(min=0).square()
     if len(x_fake) < 2: raise ValueError('mixing_reg needs a batch of at least 2')
-    var = _full(x_fake).flatten(1).var(0).mean()
-    return (target - var).clamp(min=0).square()
+    return mixing_reg(_full(x_fake).flatten(1).var(0).mean(), target)
 
 # %% ../nbs/30_losses.ipynb #4ba95e22
 def _layout(
