@@ -106,7 +106,10 @@ PATH = dict(
     pairs=Step('one G pass per step, same-class pairs',
                ('run.share_fakes', 'data.pairs')),
     pair=Step('pair term', ('loss.pair_weight',), True),
-    modern=Step('layout term: `modern`', ('loss.layout_weight',), True))
+    layout=Step('layout term', ('loss.layout_weight',), True),
+    mapping=Step('mapping network at a tenth of the rate', ('g.map_lr_mul',), True),
+    pair_heads=Step('heads that judge two samples of a class', ('d.pair',), True),
+    modern=Step('the border repeated, not zeros: `modern`', ('g.padding',), True))
 
 # %% ../nbs/56_ablate.ipynb #62802b1b
 class Neighbour(NamedTuple):
@@ -130,6 +133,12 @@ _PIXEL = {'d.pixel': True, 'gate.alpha_max': 0.}
 # %% ../nbs/56_ablate.ipynb #2e29bf81
 NEIGHBOURS = {
     'no-pair': Neighbour('without the pair term', {'loss.pair_weight': 0.}),
+    'pair-third': Neighbour('a third of the pair term',
+                            {'loss.pair_weight': times(1 / 3)}),
+    'mixing': Neighbour('style mixing', {'g.use_style_mixing': True}),
+    'noise': Neighbour('noise weighted for each channel', {'g.noise': 'channel'}),
+    'places': Neighbour('heads that go on to 4×4', {'d.places': True}),
+    'cross': Neighbour('coarse maps mixed into the finer ones', {'d.cross_scale': True}),
     'pair-x3': Neighbour('three times the pair term instead of the layout term',
                          {'loss.pair_weight': times(3), 'loss.layout_weight': 0.}),
     'layout-half': Neighbour('half the layout term', {'loss.layout_weight': times(.5)}),

@@ -170,17 +170,19 @@ def modern(
     g = GeneratorConfig(
         img_res=res, z_dim=128, w_dim=128, n_layers=2, cond='concat', stem='linear',
         channels=widths_for((96, 64, 48, 24, 16), res), up='conv_first', to_rgb='skip',
-        noise_init=0.1, output_clamp='none', use_style_mixing=False)
+        noise_init=0.1, output_clamp='none', use_style_mixing=False,
+        map_lr_mul=0.1, padding='replicate')
     loss = LossConfig(
         adversarial='relativistic', adv_weight=1.5, use_mixing_reg=False,
-        pair_weight=0.5, layout_weight=1.0, **dict.fromkeys(zero, 0.0))
+        pair_weight=1.5, layout_weight=1.0, **dict.fromkeys(zero, 0.0))
     optim = OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1,
                         total_steps_estimate=0, warmup=50)
     run = RunConfig(best_metric='selection', d4=True, share_fakes=True, amp='auto')
     return Config(
         preset='modern', out='outputs/modern', encoder='cnn', heads=True, g=g,
         data=DataConfig(image_size=res, batch_size=16, pairs=True),
-        d=DiscriminatorConfig(img_res=res, pixel=False), loss=loss, optim=optim,
+        d=DiscriminatorConfig(img_res=res, pixel=False, pair=True), loss=loss,
+        optim=optim,
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True),
         ema=EmaConfig(half_life_img=3000.0), run=run)
 
