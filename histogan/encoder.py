@@ -22,28 +22,10 @@ from tqdm.auto import tqdm
 from .core import InputError, digest, hasher, write_file
 from .data import HistoDataset
 from .frozen import Encoded, Encoder, encoders_in, evenly, join, read_tensors
-from histogan.pretrained import (
-    build,
-    lite0_path,
-    load_folder,
-    load_lite0,
-    load_pathoduet,
-    load_timm,
-    unwrap,
-)
-from histogan.small_cnn import (
-    CNNConfig,
-    SmallCNN,
-    cnn_augment,
-    cnn_config,
-    load_cnn,
-    own_cnn,
-    random_encoder,
-    save_encoder,
-    small_encoder,
-    train_cnn,
-    training_patches,
-)
+from .pretrained import (build, lite0_path, load_folder, load_lite0,
+    load_pathoduet, load_timm, unwrap)
+from .small_cnn import (CNNConfig, SmallCNN, cnn_augment, cnn_config, load_cnn,
+    own_cnn, random_encoder, save_encoder, small_encoder, train_cnn, training_patches)
 
 # %% ../nbs/24_encoder.ipynb #c3cca89f
 KINDS = (
