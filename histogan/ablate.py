@@ -133,8 +133,7 @@ _PIXEL = {'d.pixel': True, 'gate.alpha_max': 0.}
 # %% ../nbs/56_ablate.ipynb #2e29bf81
 NEIGHBOURS = {
     'no-pair': Neighbour('without the pair term', {'loss.pair_weight': 0.}),
-    'pair-third': Neighbour('a third of the pair term',
-                            {'loss.pair_weight': times(1 / 3)}),
+    'pair-third': Neighbour('a third of the pair term', {'loss.pair_weight': times(1/3)}),
     'mixing': Neighbour('style mixing', {'g.use_style_mixing': True}),
     'noise': Neighbour('noise weighted for each channel', {'g.noise': 'channel'}),
     'places': Neighbour('heads that go on to 4×4', {'d.places': True}),
@@ -142,15 +141,13 @@ NEIGHBOURS = {
     'pair-x3': Neighbour('three times the pair term instead of the layout term',
                          {'loss.pair_weight': times(3), 'loss.layout_weight': 0.}),
     'layout-half': Neighbour('half the layout term', {'loss.layout_weight': times(.5)}),
-    'layout-double': Neighbour('twice the layout term',
-                               {'loss.layout_weight': times(2)}),
+    'layout-double': Neighbour('twice the layout term', {'loss.layout_weight': times(2)}),
     'logistic': Neighbour('logistic loss', {'loss.adversarial': 'logistic'}),
     'hinge': Neighbour('hinge loss', {'loss.adversarial': 'hinge'}),
     'pixel': Neighbour('a pixel D beside the heads', _PIXEL, True),
     'pixel-r1r2': Neighbour('a pixel D with R1 and R2',
                             _PIXEL | {'loss.r1_gamma': 15., 'loss.r2_gamma': 15.}),
-    'moves': Neighbour('a third of all images mirrored, turned and shifted a little',
-                       _MOVES),
+    'moves': Neighbour('a third of all images mirrored, rotated and shifted', _MOVES),
     'random': Neighbour('an untrained encoder beside the small one',
                         {'encoder': 'cnn+random:1'}),
     'lite0': Neighbour('an encoder of photographs beside the small one',
@@ -159,8 +156,7 @@ NEIGHBOURS = {
     'no-d4': Neighbour('reals as they lie', {'run.d4': False}),
     'd-lr-half': Neighbour('half the learning rate of D', {'optim.lr_d': times(.5)}),
     'd-lr-double': Neighbour('twice the learning rate of D', {'optim.lr_d': times(2)}),
-    'fixed-average': Neighbour('average of G with 0.9995 per step',
-                               {'ema.half_life_img': 0.})}
+    'fixed-average': Neighbour('EMA of 0.9995 per step', {'ema.half_life_img': 0.})}
 
 ROWS = PATH | NEIGHBOURS
 
