@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLOPE', 'GAIN', 'rms_norm', 'condition', 'linear', 'EqualLinear', 'MappingNetwork', 'demodulation', 'conv_same',
-           'ModulatedConv2d', 'scales_at_once', 'upsample2', 'draw_noise', 'noise_maps', 'Block', 'draw_crossover',
-           'mix_styles', 'ClampInward', 'clamp_output']
+           'add_product', 'ModulatedConv2d', 'scales_at_once', 'upsample2', 'draw_noise', 'noise_maps', 'Block',
+           'draw_crossover', 'mix_styles', 'ClampInward', 'clamp_output']
 
 # %% ../nbs/10_blocks.ipynb #8eddb11e
 from math import sqrt
@@ -29,7 +29,9 @@ def condition(
 ):              # zc; (N, z_dim) or (N, 2 z_dim), mean square 1
     "Join latent and class into the mapping network's input."
     if how == 'sum': return rms_norm(z + e)
-    if how == 'concat': return torch.cat([rms_norm(z), rms_norm(e)], 1)
+    if how == 'concat':
+        both = torch.stack([z, e], 1)  # (N, 2, z_dim): each with a size of its own
+        return rms_norm(both.flatten(0, 1)).reshape(len(z), -1)
     raise ValueError(f"cond must be 'sum' or 'concat', not {how!r}")
 
 # %% ../nbs/10_blocks.ipynb #7c590fcb
@@ -109,6 +111,32 @@ def conv_same(
     if p and padding != 'zeros': x, p = F.pad(x, (p, p, p, p), mode=padding), 0
     return F.conv2d(x, weight, padding=p)
 
+# %% ../nbs/10_blocks.ipynb #9943dbe1
+class _AddProduct(torch.autograd.Function):
+    "a + b c, with broadcasting; differentiable to any order."
+    @staticmethod
+    def forward(ctx, a, b, c):
+        ctx.save_for_backward(b, c)
+        ctx.shape = a.shape
+        return torch.addcmul(a, b, c)
+
+    @staticmethod
+    def backward(ctx, g):
+        b, c = ctx.saved_tensors
+        for_b = (g * c).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
+        for_c = (g * b).sum_to_size(c.shape) if ctx.needs_input_grad[2] else None
+        return g.sum_to_size(ctx.shape), for_b, for_c
+
+# %% ../nbs/10_blocks.ipynb #ecb0f97c
+def add_product(
+    a,      # any shape that broadcasts
+    b,      # likewise
+    c,      # likewise
+):          # a + b c
+    "`torch.addcmul` with a shorter derivative."
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return torch.addcmul(a, b, c) if plain else _AddProduct.apply(a, b, c)
+
 # %% ../nbs/10_blocks.ipynb #33d1b56b
 class ModulatedConv2d(nn.Module):
     "A convolution whose input channels are scaled by `1 + style(w)`."
@@ -147,7 +175,7 @@ class ModulatedConv2d(nn.Module):
         out = conv_same(x * s[..., None, None], self.weight, self.padding)
         bias = self.bias[:, None, None].to(out.dtype)
         if d is None: return out + bias
-        return torch.addcmul(bias, out, d[..., None, None].to(out.dtype))
+        return add_product(bias, out, d[..., None, None].to(out.dtype))
 
 # %% ../nbs/10_blocks.ipynb #1daaea1d
 class _Demodulations(torch.autograd.Function):
@@ -273,7 +301,7 @@ class Block(nn.Module):
         if self.conv_first: x = upsample2(self.conv1(x, w, scales[0]))
         else: x = self.conv1(upsample2(x), w, scales[0])
         if noise is not None:
-            x = torch.addcmul(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
+            x = add_product(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
         x = self.conv2(F.leaky_relu(x, SLOPE), w, scales[1])
         return F.leaky_relu(x, SLOPE)
 

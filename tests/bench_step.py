@@ -20,7 +20,7 @@ from histogan.encoder import load_encoder
 from histogan.losses import d_adversarial, d_weights, drift, feature_matching, g_adversarial, layouts, pair_distance, pair_statistics, r1_due, weighted_sum
 from histogan.step import build, optimizer_step, r1_of, train_step, weights_of_g
 
-def grouped(conv, x, w):
+def grouped(conv, x, w, scales=None):
     "The modulated convolution with one kernel per sample, built and convolved in groups."
     n, c, h, wd = x.shape
     s = 1 + conv.style(w)  # (N, C)
