@@ -125,7 +125,8 @@ def draw_augmentations(
 ) -> Augmentations:
     "Three decisions per image, and for each decision that fell, how far."
     device = 'cpu' if generator is None else generator.device
-    u = torch.rand(7, n, generator=generator, device=device).cpu()
+    u = torch.rand(7, n, generator=generator, device=device)
+    u = u if u.device.type == 'cpu' else u.cpu()
     turn, shift = (u[1] < p).float(), (u[2] < p).float()
     span = 2 * u[4:] - 1  # (3, N) float32 in [-1, 1)
     return Augmentations(
@@ -230,7 +231,8 @@ def draw_d4(
 ):  # (n, 3) bool: transposed, mirrored, upside down; on the CPU
     "Which of the eight, for each image."
     device = 'cpu' if generator is None else generator.device
-    return (torch.rand(3, n, generator=generator, device=device) < 0.5).T.cpu()
+    moves = (torch.rand(3, n, generator=generator, device=device) < 0.5).T
+    return moves if moves.device.type == 'cpu' else moves.cpu()
 
 # %% ../nbs/31_augment.ipynb #09832899
 def d4(

@@ -79,12 +79,17 @@ class RunConfig:
     threads: int = 0  # CPU threads; 0 = torch's own choice
     seed: int = 0  # every draw of step s comes from (seed, s)
     tensorboard: bool = False  # also write scalars, events, grids for TensorBoard
+    # steps between readings of losses and guards; 0 = 1 on a CPU, 10 on CUDA; 52_step
+    log_every: int = 0
+    deterministic: bool = False  # the same bits again on CUDA too; slower; 44_device
+    tf32: bool = True  # convolutions of float32 on CUDA round to 10 bits; 44_device
 
     def __post_init__(self):
         if self.epochs < 1: raise ValueError('run.epochs must be ≥ 1')
         if min(self.sample_every, self.save_every) < 1:
             raise ValueError('run.sample_every and run.save_every must be ≥ 1')
-        for name in ('max_hours', 'steps', 'keep', 'keep_every', 'threads', 'seed'):
+        names = 'max_hours steps keep keep_every threads seed log_every'
+        for name in names.split():
             if getattr(self, name) < 0: raise ValueError(f'run.{name} must be ≥ 0')
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
 
@@ -499,7 +504,7 @@ def fitted_like(
     decided = 'num_classes img_res heads duet_dim pair_maps sides counts'
     d = {k: getattr(run.d, k) for k in decided.split()}
     amp = run.run.amp if cfg.run.amp == 'auto' else cfg.run.amp
-    run = replace(cfg.run, amp=amp)
+    run = replace(cfg.run, amp=amp, log_every=cfg.run.log_every or run.run.log_every)
     return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=run)
 
 # %% ../nbs/50_config.ipynb #eb8044c6

@@ -11,6 +11,7 @@ __all__ = ['DiscriminatorConfig', 'check_discriminator', 'conv', 'Discriminator'
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+from .blocks import by_matrices, resized
 
 # %% ../nbs/20_discriminator.ipynb #632f303f
 @dataclass(frozen=True)
@@ -122,10 +124,10 @@ def _normed(D, training):
 class _Divided(torch.autograd.Function):
     "K weights of one shape, each divided by uᵀWv, with u and v held."
     @staticmethod
-    def forward(ctx, u, v, *weights):  # (K, O), (K, M), K × (O, I, k, k)
+    def forward(ctx, norms, training, *weights):  # K × (O, I, k, k)
         shape = weights[0].shape
         W = torch.cat(weights).reshape(len(weights), shape[0], -1)  # (K, O, M)
-        sigma = u[:, None] @ W @ v[:, :, None]  # (K, 1, 1)
+        u, v, sigma = (_iterate if training else _vectors)(norms, W)
         out = W / sigma
         ctx.save_for_backward(u, v, sigma, out)
         ctx.like = weights[0]
@@ -143,24 +145,24 @@ class _Divided(torch.autograd.Function):
         return None, None, *g.split(len(ctx.like))
 
 # %% ../nbs/20_discriminator.ipynb #b0621d78
-@torch.no_grad()
-def _iterate(norms, weights):
-    "One power iteration of K weights of one shape; their buffers follow."
-    W = torch.cat(weights).reshape(len(weights), len(weights[0]), -1)
-    u = F.normalize(W @ torch.stack([n._v for n in norms])[:, :, None], dim=1)
-    v = F.normalize(W.mT @ u, dim=1)
-    for name, new in (('_u', u), ('_v', v)):
-        torch._foreach_copy_([getattr(n, name) for n in norms], new[..., 0].unbind())
-    return u[..., 0], v[..., 0]
+def _buffers(norms, name): return torch.stack([getattr(n, name) for n in norms])
 
-# %% ../nbs/20_discriminator.ipynb #adf2b380
-def _divide(layers, training):
-    "The normalised weights of layers of one shape, in one stack."
-    norms = [m.parametrizations.weight[0] for m in layers]
-    weights = [m.parametrizations.weight.original for m in layers]
-    if training: return _Divided.apply(*_iterate(norms, weights), *weights)
-    uv = [torch.stack([getattr(n, k) for n in norms]) for k in ('_u', '_v')]
-    return _Divided.apply(*uv, *weights)
+# %% ../nbs/20_discriminator.ipynb #d3489443
+def _vectors(norms, W):
+    "Singular vectors (K, O), (K, M) as they stand, and σ (K, 1, 1) of W (K, O, M)."
+    u, v = _buffers(norms, '_u'), _buffers(norms, '_v')
+    return u, v, u[:, None] @ W @ v[:, :, None]
+
+# %% ../nbs/20_discriminator.ipynb #42e52555
+def _iterate(norms, W):
+    "One power iteration; the buffers follow."
+    u = F.normalize((W @ _buffers(norms, '_v')[:, :, None])[..., 0], dim=1)
+    v = (u[:, None] @ W)[:, 0]  # Wᵀu; as v is this divided by its norm, σ is the norm
+    sigma = v.norm(dim=1, keepdim=True)
+    v = v / sigma.clamp(min=1e-12)
+    for name, new in (('_u', u), ('_v', v)):
+        torch._foreach_copy_([getattr(n, name) for n in norms], new.unbind())
+    return u, v, sigma[:, None]
 
 # %% ../nbs/20_discriminator.ipynb #a0a5ec37
 @contextlib.contextmanager
@@ -171,7 +173,9 @@ def norms_once(
     with parametrize.cached():
         for training in (True, False):
             for layers in _normed(D, training):
-                new = _divide(layers, training).unbind()
+                parts = [m.parametrizations.weight for m in layers]
+                norms, weights = [p[0] for p in parts], [p.original for p in parts]
+                new = _Divided.apply(norms, training, *weights).unbind()
                 keys = ((id(m), 'weight') for m in layers)
                 parametrize._cache.update(zip(keys, new))
         yield
@@ -179,7 +183,7 @@ def norms_once(
 # %% ../nbs/20_discriminator.ipynb #849f09ce
 class DOutput(NamedTuple):
     "Every logit of D, and its features."
-    logit: torch.Tensor  # (N,) base + proj + alpha·duet; mean of the heads if no pixel
+    logit_pixel: torch.Tensor | None  # (N,) base + proj + alpha·duet
     logit_base: torch.Tensor | None  # (N,) from the pixels
     logit_proj: torch.Tensor | None  # (N,) do pixels and label fit together
     logit_duet: torch.Tensor | None  # (N,) from the encoder, before alpha
@@ -188,6 +192,11 @@ class DOutput(NamedTuple):
     heads: torch.Tensor | tuple = ()
     # (P, N/2): a row for each pair head, a column for images 2k and 2k + 1
     pairs: torch.Tensor | tuple = ()
+
+    @property
+    def logit(self) -> torch.Tensor | None: # (N,)
+        "One logit per image: of the pixels, or the mean of the heads."
+        return _mean_of(self.heads) if self.logit_pixel is None else self.logit_pixel
 
     @property
     def logits(self) -> tuple: # what the adversarial loss is the mean over
@@ -237,10 +246,24 @@ def projected(
     y: torch.Tensor, # (N,) labels
 ) -> torch.Tensor: # (H, N)
     "Logit and class projection of each head, for all heads at once."
-    e = torch.stack([h.embed.weight for h in heads]).index_select(1, y)
+    w, b = _once('projected', heads[0], lambda: _class_weights(heads))
+    return (w.index_select(1, y) * f).sum(2) + b
+
+# %% ../nbs/20_discriminator.ipynb #ed28c56a
+def _class_weights(heads):
+    "What each head multiplies a feature vector by, for each class; and its bias."
+    e = F.normalize(torch.stack([h.embed.weight for h in heads]), dim=2)  # (H, K, c)
     w = torch.stack([h.to_logit.weight.flatten() for h in heads])  # (H, c)
-    b = torch.cat([h.to_logit.bias for h in heads])
-    return ((F.normalize(e, dim=2) + w[:, None]) * f).sum(2) + b[:, None]
+    return e + w[:, None], torch.cat([h.to_logit.bias for h in heads])[:, None]
+
+# %% ../nbs/20_discriminator.ipynb #ea5ff9c7
+def _once(name, owner, make):
+    "make(), or within `norms_once` what it gave before, with a graph where one is asked."
+    if not parametrize._cache_enabled: return make()
+    graph = torch.is_grad_enabled() and owner.to_logit.bias.requires_grad
+    key = id(owner), name, graph
+    if key not in parametrize._cache: parametrize._cache[key] = make()
+    return parametrize._cache[key]
 
 # %% ../nbs/20_discriminator.ipynb #dcfc275d
 class MapHead(nn.Module):
@@ -327,7 +350,7 @@ class CrossScale(nn.Module):
         for k in reversed(range(len(maps))):
             p = F.conv2d(maps[k], getattr(self, f'mix{k}'))
             if above is not None:
-                above = F.interpolate(above, p.shape[-2:], mode='bilinear')
+                above = resized(above, p.shape[-2:])
                 p = (p + above) / math.sqrt(2)
             out.append(above := F.conv2d(p, getattr(self, f'csm{k}'), padding=1))
         return out[::-1]
@@ -341,6 +364,8 @@ def pool_to(
     side = x.shape[-1]
     if side == px: return x
     if side % px == 0 and x.shape[-2] == side: return F.avg_pool2d(x, side // px)
+    if torch.are_deterministic_algorithms_enabled():
+        return by_matrices(x, (px, px), 'pool')
     return F.adaptive_avg_pool2d(x, px)
 
 # %% ../nbs/20_discriminator.ipynb #06e1a5c2
@@ -377,13 +402,16 @@ def pair_logits(
     # (N/2, P, 2 head_in, 8, 8); order within a pair does not matter
     f = torch.cat([(a - b).abs(), a + b], 2).flatten(1, 2) / math.sqrt(2)
     for name in ('conv1', 'conv2', 'conv3'):
-        f = F.leaky_relu(_grouped(f, [getattr(h, name) for h in heads]), 0.2)
+        f = F.leaky_relu(_grouped(f, heads, name), 0.2)
     return projected(heads, f.reshape(len(f), len(heads), -1).transpose(0, 1), y[0::2])
 
 # %% ../nbs/20_discriminator.ipynb #442d13b8
-def _grouped(f, layers):
-    "Convolutions of one shape, each on its own group of channels."
-    w, b = (torch.cat([getattr(c, k) for c in layers]) for k in ('weight', 'bias'))
+def _grouped(f, heads, name):
+    "A convolution of each head, on its own group of channels."
+    layers = [getattr(h, name) for h in heads]
+    stacked = lambda: [torch.cat([getattr(c, k) for c in layers])
+                       for k in ('weight', 'bias')]
+    w, b = _once(name, heads[0], stacked)
     return F.conv2d(f, w, b, layers[0].stride, layers[0].padding, groups=len(layers))
 
 # %% ../nbs/20_discriminator.ipynb #8e7906bf
@@ -426,7 +454,7 @@ class CombinedCondDiscriminator(nn.Module):
         heads = self.judge_maps(encoded[1], y) if use_heads else ()
         pairs = () if no_heads else self.judge_pairs(x, y, encoded)
         if self.base is None:
-            return DOutput(_mean_of(heads), None, None, None, None, heads, pairs)
+            return DOutput(None, None, None, None, None, heads, pairs)
         base, feat = self.base(x)  # (N,), (N, C)
         proj = (self.embed(y) * feat).sum(1)
         duet = self.duet(encoded[0]).squeeze(1) if use_duet else torch.zeros_like(base)
@@ -480,10 +508,19 @@ def judge_maps(self: CombinedCondDiscriminator,
             parts += c(maps[end - n:end])
         maps = parts
     f = [h.features(m) for h, m in zip(self.heads, maps, strict=True)]
-    texture = projected(self.heads, torch.stack([v.mean((2, 3)) for v in f]), y)
+    sums = torch.stack([v.sum((2, 3)) for v in f])
+    texture = projected(self.heads, sums * _shares(tuple(v[0, 0].numel() for v in f),
+                                                   sums.device), y)
     if not self.cfg.places: return texture
     places = [h.places(v, y) for h, v in zip(self.heads, f)]
     return tuple(l for both in zip(texture, places) for l in both)
+
+# %% ../nbs/20_discriminator.ipynb #225aec8c
+@lru_cache
+def _shares(areas, device):
+    "1 / area for each head; (H, 1, 1)."
+    with torch.inference_mode(False):
+        return torch.tensor([1 / a for a in areas], device=device)[:, None, None]
 
 # %% ../nbs/20_discriminator.ipynb #c8746e95
 @patch

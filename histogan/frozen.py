@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from .blocks import resized
 from .core import InputError
 
 # %% ../nbs/21_frozen.ipynb #6c82ce0f
@@ -102,8 +103,7 @@ def prepare(self: Encoder,
         raise ValueError(f'an encoder takes (N, 3, R, R), not {tuple(x.shape)}')
     x = x.to(next(self.parameters()).dtype)
     if self.size and x.shape[-2:] != (self.size, self.size):
-        how = dict(mode='bilinear', align_corners=False, antialias=True)
-        x = F.interpolate(x, (self.size, self.size), **how)
+        x = resized(x, (self.size, self.size), antialias=True)
     if self.input_scale is None: return x
     return torch.addcmul(self.input_shift.to(x.dtype), x, self.input_scale.to(x.dtype))
 

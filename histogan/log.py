@@ -254,12 +254,12 @@ def draw_grid(
 def note_down(
     log,  # RunLog
     bar,  # tqdm
-    s: TrainState,  # after the step
+    s: TrainState,  # after the step, or a few steps later
     row: dict,  # of the CSV
     verdicts: list,  # of this step
 ):
     "A step's row, its guards' actions, and the bar."
-    if s.step % s.cfg.run.sample_every == 0:
+    if row['step'] % s.cfg.run.sample_every == 0:
         row = row | dict(w_dims=style_dimensions(s.G_ema, s.cfg.run.seed))
     log.row(row)
     record_events(log, s, verdicts)
@@ -302,12 +302,12 @@ def tick(
 ):
     "Advance the bar; images per second and the losses beside it."
     bar.update(1)
-    d, g = row['d_loss'], row.get('g_loss', math.nan)
-    if s.step % 10 == 0 and not bar.disable:
+    step, d, g = row['step'], row['d_loss'], row.get('g_loss', math.nan)
+    if step % 10 == 0 and not bar.disable:
         rate = (bar.format_dict['rate'] or 0) * s.cfg.data.batch_size
         bar.set_postfix_str(f'{rate:.0f} img/s, D {d:.2f}, G {g:.2f}')
-    if bar.disable and (s.step % 100 == 0 or s.step == s.total):
-        print(f'step {s.step}/{s.total}: D {d:.3f}, G {g:.3f}', flush=True)
+    if bar.disable and (step % 100 == 0 or step == s.total):
+        print(f'step {step}/{s.total}: D {d:.3f}, G {g:.3f}', flush=True)
 
 # %% ../nbs/53_log.ipynb #f6865b02
 def record_events(
@@ -318,7 +318,7 @@ def record_events(
     "Guard actions go to events.jsonl."
     told = lambda v: dict(value=v.value, threshold=v.threshold, action=v.action)
     for v in verdicts:
-        if v.log: log.event(step=s.step, guard=v.guard, **told(v))
+        if v.log: log.event(step=v.step, guard=v.guard, **told(v))
 
 # %% ../nbs/53_log.ipynb #25b7ce58
 OPEN_STYLES = 10  # effective dimensions of w below which styles repeat; decided

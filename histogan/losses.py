@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['d_logistic', 'g_nonsat', 'd_bce', 'd_hinge', 'g_hinge', 'd_relativistic', 'g_relativistic', 'r1_penalty', 'drift',
            'channel_stats', 'unit_range', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
-           'pair_statistics', 'pair_distance', 'PairTerm', 'layouts', 'LayoutTerm', 'LossConfig', 'd_adversarial',
-           'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weighted_sum']
+           'pool8', 'pair_statistics', 'pair_distance', 'distances_of', 'PairTerm', 'layouts', 'LayoutTerm',
+           'LossConfig', 'd_adversarial', 'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weighted_sum']
 
 # %% ../nbs/30_losses.ipynb #72be5f86
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -150,13 +150,15 @@ class RealStatsEMA(nn.Module):
     @torch.no_grad()
     def update(self,
         x_real, # (N, 3, H, W) reals in [-1, 1]
+        ok=True, # 0-d bool, perhaps on the device; False changes nothing
     ):
         "Move the memory towards this batch; the first batch is taken whole."
         for old, new in zip((self.mean, self.std), channel_stats(x_real)):
             new = new.to(old.dtype)
             moved = self.m * old + (1 - self.m) * new
-            old.copy_(torch.where(self.initialised, moved, new))
-        self.initialised.fill_(True)
+            new = torch.where(self.initialised, moved, new)
+            old.copy_(new if ok is True else torch.where(ok, new, old))
+        self.initialised.logical_or_(torch.as_tensor(ok, device=old.device))
 
     def penalty(self,
         x_fake, # (N, 3, H, W) fakes; clamped to [-1, 1]
@@ -206,10 +208,27 @@ def _layout(
     eps=1e-6, # keeps an even image at 0 with a finite gradient; decided
 ): # (N, 64) luminance with zero mean and unit norm per image
     "Where an image is dark, without how dark it is or in which colour."
-    # ITU-R BT.601
-    luma = 0.299 * pooled[:, 0] + 0.587 * pooled[:, 1] + 0.114 * pooled[:, 2]
-    luma = luma.flatten(1) - luma.flatten(1).mean(1, keepdim=True)
-    return luma / (luma.square().sum(1, keepdim=True) + eps).sqrt()
+    luma = (pooled * _luma(pooled.device, pooled.dtype)).sum(1).flatten(1)  # (N, 64)
+    n = luma.shape[1]
+    return F.layer_norm(luma, (n,), eps=eps / n) / math.sqrt(n)
+
+# %% ../nbs/30_losses.ipynb #16970551
+@lru_cache
+def _luma(device, dtype):
+    "Weights of red, green and blue in the luminance; ITU-R BT.601."
+    with torch.inference_mode(False):
+        weights = torch.tensor([0.299, 0.587, 0.114], dtype=dtype, device=device)
+    return weights[:, None, None]
+
+# %% ../nbs/30_losses.ipynb #bc19a941
+def pool8(
+    x, # (N, 3, H, W) images
+): # (N, 3, 8, 8) float32 or float64
+    "Mean colour on an 8×8 grid."
+    x, side = _full(x), x.shape[-1]
+    if x.shape[-2:] == (8, 8): return x
+    if side % 8 or x.shape[-2] != side: return F.adaptive_avg_pool2d(x, 8)
+    return F.avg_pool2d(x, side // 8)
 
 # %% ../nbs/30_losses.ipynb #c5024557
 def pair_statistics(
@@ -218,7 +237,7 @@ def pair_statistics(
 ): # dict of 3 + len(maps) statistics, each (N, k)
     "What is compared in a pair: `colour`, `pooled`, `layout`, then one entry per map."
     x = _full(x)
-    small = F.adaptive_avg_pool2d(x, 8)  # (N, 3, 8, 8)
+    small = pool8(x)  # (N, 3, 8, 8)
     stats = dict(colour=x.mean((2, 3)), pooled=small.flatten(1), layout=_layout(small))
     for i, m in enumerate(maps):
         m = _full(m)
@@ -237,6 +256,56 @@ def pair_distance(
     gaps = [(s[0::2] - s[1::2]).square().mean(1) for s in stats.values()]
     return (torch.stack(gaps, 1) + eps).sqrt()
 
+# %% ../nbs/30_losses.ipynb #d5f3f35a
+class _Moments(torch.autograd.Function):
+    "Mean and standard deviation of every channel of several maps, side by side."
+    @staticmethod
+    def forward(ctx, shares, *maps):  # (ΣC,) 1 / (h w); (N, C, h, w) each
+        found = [torch.var_mean(m, (2, 3), correction=0) for m in maps]
+        var, mean = (torch.cat(t, 1) for t in zip(*found))
+        std = var.sqrt()
+        ctx.save_for_backward(shares, mean, std, *maps)
+        return mean, std  # (N, ΣC) each
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_mean, g_std):
+        shares, mean, std, *maps = ctx.saved_tensors
+        slope = torch.where(std > 0, g_std * shares / std, 0)  # of an even map: 0
+        start = torch.addcmul(g_mean * shares, slope, mean, value=-1)
+        parts = (t[..., None, None].split([m.shape[1] for m in maps], 1)
+                 for t in (start, slope))
+        return None, *(torch.addcmul(a, m, b) for a, m, b in zip(*parts, maps))
+
+# %% ../nbs/30_losses.ipynb #2079345d
+@lru_cache
+def _segments(sizes, device, dtype):
+    "1 / (h w) of every channel, and the (k, S) matrix that averages each statistic."
+    channels = [c for c, _ in sizes]
+    owner = [0] * 3 + [1] * 192 + [2] * 64
+    owner += 2 * [3 + i for i, c in enumerate(channels) for _ in range(c)]
+    A = F.one_hot(torch.tensor(owner), 3 + len(sizes)).double()
+    with torch.inference_mode(False):
+        shares = torch.tensor([1 / area for c, area in sizes for _ in range(c)])
+        return (shares.to(device, dtype), (A / A.sum(0)).to(device, dtype))
+
+# %% ../nbs/30_losses.ipynb #cbeb62e6
+def distances_of(
+    pooled, # (N, 3, 8, 8) from pool8; pairs at 2k, 2k + 1
+    layout, # (N, 64) their layouts
+    maps=(), # encoder's maps of the images, each (N, C, h, w); may be empty
+    eps=1e-12, # as in pair_distance
+): # (P, S)
+    "`pair_distance(pair_statistics(x, maps))`, all statistics at once."
+    if len(pooled) % 2: raise ValueError(f'pairs need an even batch, got {len(pooled)}')
+    sizes = tuple((m.shape[1], m.shape[2] * m.shape[3]) for m in maps)
+    shares, average = _segments(sizes, pooled.device, pooled.dtype)
+    moments = _Moments.apply(shares, *map(_full, maps)) if maps else ()
+    seen = torch.cat([pooled.mean((2, 3)), pooled.flatten(1), layout, *moments], 1)
+    a, b = seen.unflatten(0, (-1, 2)).unbind(1)
+    with torch.autocast(seen.device.type, enabled=False):
+        return ((a - b).square() @ average + eps).sqrt()
+
 # %% ../nbs/30_losses.ipynb #1a686896
 class PairTerm(nn.Module):
     "Per-class mean distance of real pairs, and the penalty for fakes short of it."
@@ -253,22 +322,26 @@ class PairTerm(nn.Module):
         self.register_buffer('count', zeros(num_classes))
 
     def _pairs(self, d, y):
-        "(P, num_classes) True where a pair is of that class; a mixed pair is of none."
+        "Class of each pair (P,), and whether both are of it (P,)."
         if d.shape != (len(y) // 2, self.distance.shape[1]) or len(y) % 2:
             have = f'{len(y)} labels and {self.distance.shape[1]} statistics'
             raise ValueError(f'{have} do not fit distances {tuple(d.shape)}')
-        classes = torch.arange(len(self.count), device=y.device)
-        return (y[0::2, None] == classes) & (y[0::2, None] == y[1::2, None])
+        return y[0::2], y[0::2] == y[1::2]
 
     @torch.no_grad()
     def update(self,
         d_real, # (P, S) pair_distance of reals
         y, # (2 P,) int64 labels of the batch
+        ok=True, # 0-d bool, perhaps on the device; False changes nothing
     ):
         "Move each class present towards its mean distance in this batch."
-        of = self._pairs(d_real, y).to(self.count.dtype)  # (P, num_classes)
-        seen = of.sum(0) > 0
-        new = of.T @ d_real.to(self.distance) / of.sum(0).clamp(min=1)[:, None]
+        first, alike = self._pairs(d_real, y)
+        classes = torch.arange(len(self.count), device=y.device)
+        of = ((first == classes[:, None]) & alike).to(self.distance)  # (num_classes, P)
+        n = of.sum(1)
+        new = of @ d_real.to(self.distance) / n.clamp(min=1)[:, None]
+        seen = n > 0
+        if ok is not True: seen, new = seen & ok, torch.where(ok, new, self.distance)
         rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * seen
         self.distance.lerp_(new, rate[:, None].expand_as(new))
         self.count += seen
@@ -279,21 +352,20 @@ class PairTerm(nn.Module):
     ): # scalar in [0, 1); after Mao et al. 2019
         "Relative shortfall of the fakes' distances, half for pixels, half for maps."
         d_fake = _full(d_fake)
-        of = (self._pairs(d_fake, y) & (self.count > 0)).to(self.count.dtype)
-        known = of.sum(1, keepdim=True)  # (P, 1) 0 or 1: an unseen class costs nothing
-        # divides by 1 where unknown
-        short = 1 - d_fake / (of @ self.distance + 1 - known).to(d_fake)
-        missing = F.relu(short) * known.to(d_fake)
-        # pixels, maps
-        groups = [g.mean() for g in (missing[:, :3], missing[:, 3:]) if g.shape[1]]
-        return sum(groups) / len(groups)
+        first, alike = self._pairs(d_fake, y)
+        known = (alike & (self.count[first] > 0))[:, None]  # (P, 1)
+        # an unseen class costs nothing: no distance falls short of 0
+        real = torch.where(known, self.distance[first], 0).to(d_fake)  # (P, S)
+        short = F.relu(real - d_fake) / real.clamp(min=1e-12)
+        groups = [3, short.shape[1] - 3] if short.shape[1] > 3 else [short.shape[1]]
+        return sum(g.mean() for g in short.split(groups, 1)) / len(groups)
 
 # %% ../nbs/30_losses.ipynb #37cb71dc
 def layouts(
     x, # (N, 3, H, W) images in [-1, 1]
 ): # (N, 64) pooled luminance with zero mean and unit norm per image
     "Where each image is dark, on an 8×8 grid."
-    return _layout(F.adaptive_avg_pool2d(_full(x), 8))
+    return _layout(pool8(x))
 
 # %% ../nbs/30_losses.ipynb #1a066677
 class LayoutTerm(nn.Module):
@@ -315,15 +387,21 @@ class LayoutTerm(nn.Module):
         l_real, # (N, 64) layouts of reals
         l_fake, # (N, 64) layouts of fakes of the same classes
         y, # (N,) int64 labels of both
+        ok=True, # 0-d bool, perhaps on the device; False changes nothing
     ):
         "Move each class present towards its mean layouts in this batch."
-        of = F.one_hot(y, len(self.count)).to(self.count)  # (N, num_classes)
-        n = of.sum(0)
-        rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * (n > 0)
-        for memory, l in ((self.real, l_real), (self.fake, l_fake)):
-            mean = of.T @ l.to(memory) / n.clamp(min=1)[:, None]
-            memory.lerp_(mean, rate[:, None].expand_as(memory))
-        self.count += n > 0
+        classes = torch.arange(len(self.count), device=y.device)
+        of = (y == classes[:, None]).to(self.count)  # (num_classes, N)
+        n = of.sum(1)
+        new = of @ torch.cat([l_real, l_fake], 1).to(of) / n.clamp(min=1)[:, None]
+        seen = n > 0
+        if ok is not True:
+            seen = seen & ok
+            new = torch.where(ok, new, torch.cat([self.real, self.fake], 1))
+        rate = (1 / (self.count + 1)).clamp(min=1 - self.m) * seen
+        torch._foreach_lerp_([self.real, self.fake], new.split(64, 1),
+                             [rate[:, None].expand_as(self.real)] * 2)
+        self.count += seen
 
     def penalty(self,
         l_fake, # (N, 64) layouts of fakes, with gradient
@@ -474,4 +552,5 @@ def weighted_sum(
     log = {k: t.detach() for k, t in terms.items()}
     share = lambda k, t: added[k].detach() if k in added else torch.zeros_like(t)
     log |= {f'{k}_w': share(k, t) for k, t in log.items()}
-    return sum(added.values()), log
+    first, *rest = added.values()
+    return sum(rest, first), log

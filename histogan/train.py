@@ -35,8 +35,9 @@ from .log import sample
 from .phantom import PHANTOM_VERSION, make_phantom
 from .process import interruption, peak_memory, run_program
 from .selection import open_chooser
-from .step import TrainState, build, load_state_dict, lrs_at, state_dict
-from .step import train_step
+from .state import TrainState, build, load_state_dict, state_dict
+from .step import lrs_at
+from .step import settle, take_step
 
 # %% ../nbs/54_train.ipynb #09efefc4
 def open_choice(
@@ -442,14 +443,18 @@ def loop(
     with interruption() as heard, bar:
         while s.step < s.total:
             x, y, epoch, ids = next(steps)
-            row, verdicts = train_step(s, x, y, ids)
-            if log: note_down(log, bar, s, row | dict(epoch=epoch), verdicts)
-            if hook: hook(s, row, verdicts)
-            if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
-            leave = any_rank(bool(heard) or time.monotonic() > deadline)
+            done = take_step(s, x, y, ids, epoch=epoch)
             last = s.step == s.total
-            due = s.step % r.save_every == 0 and not s.nonfinite.run  # a good one
-            if last or s.step % r.sample_every == 0: on_first(draw_grid, s, folder, log)
+            save_due, draw_due = (last or s.step % k == 0
+                                  for k in (r.save_every, r.sample_every))
+            if save_due or draw_due or s.step % r.log_every == 0: done += settle(s)
+            for row, verdicts in done:
+                if log: note_down(log, bar, s, row, verdicts)
+                if hook: hook(s, row, verdicts)
+                if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
+            leave = any_rank(bool(heard) or time.monotonic() > deadline)
+            due = save_due and not s.nonfinite.run  # a good one
+            if draw_due: on_first(draw_grid, s, folder, log)
             if last or due or leave:
                 on_first(save, s, folder, data, log, choose=last or due)
             if leave and not last:
@@ -527,9 +532,11 @@ def dry_run(
         place = Path(on_first(lambda: d), 'run')
         s, data, _ = open_run(replace(cfg, out=str(place)))
         steps = batches(data)
-        train_step(s, *next(steps)[:2])
+        take_step(s, *next(steps)[:2])
+        settle(s)
         started = time.perf_counter()
-        for _ in range(n): train_step(s, *next(steps)[:2])
+        for _ in range(n): take_step(s, *next(steps)[:2])
+        settle(s)
         on_gpu = s.device.type == 'cuda'
         if on_gpu: torch.cuda.synchronize()
         each = max(gather((time.perf_counter() - started) / n))
