@@ -17,9 +17,9 @@ import tyro
 from .chunks import square
 from .core import InputError, read_table, write_json
 from .data import SPLITS, _in_threads, load_prepared, read_all
-from .images import read_rgb, resize
+from .images import evenly, read_rgb, resize
+from .options import parse_options
 from .page import figure, page, section, table, text, write_page
-from .prepare import parse
 from .process import run_program
 
 # %% ../nbs/09_audit.ipynb #584851b9
@@ -80,7 +80,7 @@ def leak(
 # %% ../nbs/09_audit.ipynb #a08715c7
 def _sample(df, n=AUDIT_PER_CLASS) -> pd.DataFrame:
     "At most n patches of each class and split, evenly spaced."
-    def _some(g): return g.iloc[np.unique(np.linspace(0, len(g) - 1, n).astype(int))]
+    def _some(g): return g.iloc[evenly(np.arange(len(g)), n)]
     return pd.concat([_some(g) for _, g in df.groupby(['label', 'split'])]).sort_index()
 
 # %% ../nbs/09_audit.ipynb #5cb6027c
@@ -165,8 +165,7 @@ def sheet(
     base: str,  # folder that its paths start from
 ) -> np.ndarray:  # (2 * CELL, SHEET * CELL, 3) uint8
     "At most eight patches as scanned, and below them as stored."
-    few = np.unique(np.linspace(0, len(rows) - 1, SHEET).round().astype(int))
-    rows = rows.iloc[few]
+    rows = rows.iloc[evenly(np.arange(len(rows)), SHEET)]
     scanned = [_source(os.path.join(base, p)) for p in rows.path]
     stored = list(stored_patches(out, rows.store_row.to_numpy()))
     return np.concatenate([_strip(scanned), _strip(stored)])
@@ -366,7 +365,8 @@ class AuditArgs:
 # %% ../nbs/09_audit.ipynb #fb1ccaf0
 def _program(argv):
     "Audit one folder."
-    print(f"audit: {audit(parse(argv, AuditArgs, 'histogan.audit').dataset)}")
+    a = parse_options(AuditArgs, argv, 'histogan.audit')
+    print(f'audit: {audit(a.dataset)}')
 
 # %% ../nbs/09_audit.ipynb #cf50a0d2
 def main(

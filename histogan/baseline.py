@@ -8,7 +8,7 @@ __all__ = ['COLOUR', 'BINS', 'Examples', 'draw_batch', 'mixed_batch', 'few', 'ma
            'plot_confusion', 'fit_temperature', 'reliability', 'plot_reliability']
 
 # %% ../nbs/64_baseline.ipynb #import-config
-from .config import suggestion
+from .options import suggestion
 
 # %% ../nbs/64_baseline.ipynb #imports
 import math

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FITTED', 'LICENCES', 'verdicts', 'RunFiles', 'read_run', 'class_counts', 'mpp_of', 'scale_words', 'source_words',
-           'overall', 'distances', 'copying_words', 'findings_of', 'downstream_table', 'model_of', 'flat',
-           'differences', 'command', 'licence', 'model_card']
+           'overall', 'distances', 'copying_words', 'findings_of', 'downstream_table', 'model_of', 'differences',
+           'command', 'licence', 'model_card']
 
 # %% ../nbs/66_card.ipynb #ad8cd6ee
-from .config import Config, PRESETS, from_dict, load_config
+from .config import Config, PRESETS, flat, from_dict, load_config
 
 # %% ../nbs/66_card.ipynb #66178da8
 import json, shlex
 import numpy as np
 import pandas as pd
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from .checkpoint import load_checkpoint
 from .core import InputError, file_digest, read_json, read_table, versions
@@ -212,18 +212,6 @@ def model_of(
 # decided by data and encoder
 FITTED = ('out', 'g.num_classes', 'g.img_res', 'g.channels', 'd.num_classes',
           'd.img_res', 'd.heads', 'd.duet_dim')
-
-# %% ../nbs/66_card.ipynb #8467dba7
-def flat(
-    cfg,  # a configuration dataclass
-    where: str = '',  # dotted path so far
-) -> dict:  # dotted name -> value
-    "All values of a configuration."
-    out = {}
-    for f in fields(cfg):
-        v, name = getattr(cfg, f.name), where + f.name
-        out |= flat(v, name + '.') if is_dataclass(v) else {name: v}
-    return out
 
 # %% ../nbs/66_card.ipynb #bd1b2d5e
 def differences(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OLD_KEYS', 'OLD_VALUES', 'FIXED', 'FREE', 'OptimConfig', 'RunConfig', 'PhantomConfig', 'MadeConfig',
-           'Config', 'widths_for', 'modern', 'from_dict', 'expected', 'suggestion', 'renewed', 'load_config',
-           'save_config', 'fit_to_data', 'device_name', 'pick_device', 'pick_amp', 'TrainArgs', 'option_names',
-           'parse_args', 'sized', 'fixed', 'resume_args', 'fitted_like', 'differing', 'tyro_parse', 'one_line']
+           'Config', 'widths_for', 'modern', 'from_dict', 'expected', 'renewed', 'load_config', 'save_config',
+           'fit_to_data', 'device_name', 'pick_device', 'pick_amp', 'get', 'override', 'differing', 'flat', 'TrainArgs',
+           'parse_args', 'sized', 'fixed', 'resume_args', 'fitted_like']
 
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
@@ -16,19 +16,21 @@ import os
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 # %% ../nbs/50_config.ipynb #788c73f3
-import contextlib, dataclasses, difflib, io, json, re, types, typing
+import dataclasses, types, typing
 import tyro
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 from .augment import AdaConfig
-from .core import InputError, read_json, write_json
+from .core import InputError, moved, read_json, write_json
 from .data import DataConfig
 from .discriminator import DiscriminatorConfig
 from .dist import local_rank, world
 from .selection import SelectionConfig
 from .generator import GeneratorConfig
+from .options import option_names, parse_options, suggestion
 from .guards import EmaConfig, GateConfig, NonFiniteConfig, SaturationConfig
 from .losses import LossConfig
 
@@ -270,15 +272,6 @@ def expected(
     if kind is tuple: return f'a list of {len(args)}, each {expected(args[0])}'
     return _WORDS.get(hint, getattr(hint, '__name__', str(hint)))
 
-# %% ../nbs/50_config.ipynb #b507982e
-def suggestion(
-    name: str,  # what was typed
-    known,  # iterable of the names that exist
-) -> str:  # '; did you mean …?' or ''
-    "The nearest known name, as the end of an error message."
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f'; did you mean {close[0]!r}?' if close else ''
-
 # %% ../nbs/50_config.ipynb #a79bca0e
 # old key, dotted -> today's; sections first
 OLD_KEYS = {'gates': 'selection', 'selection.min_agreement': 'selection.min_accuracy',
@@ -401,6 +394,54 @@ def pick_amp(
     fast = device.type == 'cpu' and (has('avx512_bf16') or has('amx_tile'))
     return 'bf16' if fast else 'off'
 
+# %% ../nbs/50_config.ipynb #51fd30fb
+def get(
+    cfg: Config,  # read only
+    name: str,  # dotted, as loss.pair_weight
+):  # its value
+    "A field by its dotted name."
+    return reduce(getattr, name.split('.'), cfg)
+
+# %% ../nbs/50_config.ipynb #51fd30fb-1
+def override(
+    cfg: Config,  # read only
+    changes: dict,  # dotted name -> value, or function of the old value
+) -> Config:  # another one; ValueError when it is none
+    "Change some fields."
+    parts = {}
+    for name, v in changes.items():
+        where, _, field = name.rpartition('.')
+        parts.setdefault(where, {})[field] = v(get(cfg, name)) if callable(v) else v
+    top = parts.pop('', {})
+    new = {where: replace(getattr(cfg, where), **part) for where, part in parts.items()}
+    return replace(cfg, **top, **new)
+
+# %% ../nbs/50_config.ipynb #eb8044c6
+def differing(
+    a,  # a configuration
+    b,  # another of the same class
+    where: str = '',  # dotted path so far
+) -> list[str]:  # dotted names of the fields that differ
+    "What changed between two configurations."
+    names = []
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x): names += differing(x, y, f'{where}{f.name}.')
+        elif x != y: names.append(where + f.name)
+    return names
+
+# %% ../nbs/50_config.ipynb #b65394b3-1
+def flat(
+    tree,  # a configuration, or dictionaries as from JSON
+    where: str = '',  # dotted path so far
+) -> dict:  # dotted name -> value
+    "All values by their dotted names."
+    items, out = tree if isinstance(tree, dict) else vars(tree), {}
+    for name, v in items.items():
+        inner = isinstance(v, dict) or dataclasses.is_dataclass(v)
+        out |= flat(v, f'{where}{name}.') if inner else {where + name: v}
+    return out
+
 # %% ../nbs/50_config.ipynb #90f52e9c-5
 @dataclass(frozen=True)
 class TrainArgs:
@@ -410,21 +451,6 @@ class TrainArgs:
     # fields that may differ on resume, as optim.lr_g
     allow_change: tuple[str, ...] = ()
     dry_run: bool = False  # print size, memory and time, train nothing
-
-# %% ../nbs/50_config.ipynb #1f385151
-def option_names(
-    cls: type = TrainArgs,  # dataclass to walk
-    prefix: str = '--',  # what stands before each name
-) -> list[str]:  # every option of the command line
-    "All options, for suggestions."
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if hint is MadeConfig: continue
-        dotted = prefix if name == 'config' else f"{prefix}{name.replace('_', '-')}"
-        below = prefix if name == 'config' else dotted + '.'
-        inner = dataclasses.is_dataclass(hint)
-        names += option_names(hint, below) if inner else [dotted]
-    return names
 
 # %% ../nbs/50_config.ipynb #c9455b2a
 def parse_args(
@@ -443,7 +469,7 @@ def parse_args(
     out = given.get('--out', PRESETS[preset].out)
     if resume and Path(out, 'config.json').exists(): return resume_args(argv, out)
     base = sized(PRESETS[preset], given.get('--data.image-size', ''))
-    return replace(tyro_parse(TrainArgs, argv, default=TrainArgs(base)), resume='')
+    return replace(parse_options(TrainArgs, argv, default=TrainArgs(base)), resume='')
 
 # %% ../nbs/50_config.ipynb #eeacee40
 def sized(
@@ -482,7 +508,7 @@ def resume_args(
     "The configuration of the run, and nothing else unless allowed."
     saved = replace(load_config(folder), out=folder)
     base = replace(saved, g=replace(saved.g, channels=()))
-    args = tyro_parse(TrainArgs, argv, default=TrainArgs(base))
+    args = parse_options(TrainArgs, argv, default=TrainArgs(base))
     cfg = fitted_like(args.config, saved)
     for name in differing(saved, cfg):
         option, why = '--' + name.replace('_', '-'), fixed(name)
@@ -507,53 +533,5 @@ def fitted_like(
     run = replace(cfg.run, amp=amp, log_every=cfg.run.log_every or run.run.log_every)
     return replace(cfg, g=replace(cfg.g, **g), d=replace(cfg.d, **d), run=run)
 
-# %% ../nbs/50_config.ipynb #eb8044c6
-def differing(
-    a,  # a configuration
-    b,  # another of the same class
-    where: str = '',  # dotted path so far
-) -> list[str]:  # dotted names of the fields that differ
-    "What changed between two configurations."
-    names = []
-    for f in fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(x): names += differing(x, y, f'{where}{f.name}.')
-        elif x != y: names.append(where + f.name)
-    return names
-
-# %% ../nbs/50_config.ipynb #0c1d6347
-def tyro_parse(
-    cls: type,  # dataclass that describes the options
-    argv: list[str],  # arguments after the program's name
-    prog: str = 'histogan.train',  # program name in the help
-    default=None,  # instance holding the defaults, or None
-):  # an instance of cls
-    "`tyro.cli` with one-line errors and suggestions."
-    heard = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(heard):
-            given = default if default is not None else tyro.MISSING_NONPROP
-            args, unknown = tyro.cli(cls, args=argv, prog=f'python -m {prog}',
-                                     default=given, return_unknown_args=True)
-    except SystemExit as e:
-        if not e.code: raise
-        raise InputError(one_line(heard.getvalue())) from None
-    except ValueError as e: raise InputError(str(e)) from None
-    if unknown:
-        near = suggestion(unknown[0], option_names(cls))
-        raise InputError(f'{unknown[0]}: unknown option{near}; --help lists them all')
-    return args
-
-# %% ../nbs/50_config.ipynb #d9972ccf
-_END = r'For full helptext|For more information|Argument helptext'
-_FRAME = r'[╭╮╰╯│─┃━]+|-{5,}|\x1b\[[0-9;]*m'
-_START = (r'^(Parsing error|Value error|Invalid choice|Unrecognized options|'
-          r'Missing \w+)\s+|Error parsing (config\.\w+: )?')
-
-# %% ../nbs/50_config.ipynb #d9972ccf-1
-def one_line(
-    text: str,  # what tyro printed
-) -> str:  # its words without frames, ends at the first sentence
-    "A boxed message as a single line."
-    words = re.split(_END, re.sub(_FRAME, ' ', text))[0].split()
-    return re.sub(_START, '', ' '.join(words))
+# %% ../nbs/50_config.ipynb #f577f2e1
+__getattr__ = moved('config')

@@ -463,6 +463,8 @@ def _read_note(note):
 # modules are old names too. To go with version 0.3
 OLD_NAMES = {
     'core': {'*': ('process',)},
+    'config': {'tyro_parse': 'options.parse_options', '*': ('options',)},
+    'card': dict(flat='config.flat'),
     'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
                        disk_error='core.disk_error'),
     'data': dict(families='splits.linked_groups', STORE='prepared.PREPARED',
@@ -471,7 +473,8 @@ OLD_NAMES = {
               'Seen': 'step.EncodedBatch', 'together': 'step.whole_batch',
               'descend': 'step.optimizer_step', 'kept_features': 'train.cached_features',
               'open_judge': 'train.open_choice', '*': ('core', 'process', 'config', 'step', 'log')},
-    'prepare': {'look': 'prepare.process_file', '*': ('core', 'process', 'audit')},
+    'prepare': {'look': 'prepare.process_file', 'parse': 'options.parse_options',
+                '*': ('core', 'process', 'audit')},
     'downstream': {'*': ('core', 'process')}, 'phantom': {'*': ('drawing',)}, 'eval': {'*': ('reals',)},
     'report': {'read_csv': 'core.read_table', '*': ('core', 'process')},
 }

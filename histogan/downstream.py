@@ -9,7 +9,7 @@ __all__ = ['LIMIT', 'FRESH', 'ENOUGH', 'KEY', 'Sources', 'indexed', 'load_split'
 
 # %% ../nbs/65_downstream.ipynb #import-config
 from . import startup  # answers a known --help, before all else loads
-from .config import Config, load_config, tyro_parse
+from .config import Config, load_config
 
 # %% ../nbs/65_downstream.ipynb #imports
 import json, math, sys, time
@@ -28,6 +28,7 @@ from .core import InputError, digest, file_digest, moved, read_json
 from .core import versions, warn_line, write_file, write_json
 from .core import write_table
 from .eval import EvalArgs, deal, draw_synthetic, fresh_phantom, pick, split_of
+from .options import parse_options
 from .process import run_program
 from .train import open_patches
 
@@ -513,7 +514,7 @@ def main(
 
 # %% ../nbs/65_downstream.ipynb #cd6682af
 def _main(argv):
-    a = tyro_parse(DownstreamArgs, argv, 'histogan.downstream')
+    a = parse_options(DownstreamArgs, argv, 'histogan.downstream')
     table = downstream(a.run, a.config)
     facts = read_json(Path(a.run, 'metrics', 'downstream.json'))
     print(wide(summarise(table)).to_string(index=False), *facts['findings'], sep='\n')

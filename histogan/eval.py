@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'classifier_of', 'own_extractor', 'EvalArgs', 'choose_wei
 
 # %% ../nbs/63_eval.ipynb #ae6ca102
 from . import startup  # answers a known --help, before all else loads
-from .config import Config, load_config, tyro_parse
+from .config import Config, load_config
 import contextlib, dataclasses, sys, tempfile, time
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from .features import absent, at_most, counts, encoder_extractor, fetch
 from .features import find_weights, lpips_distance, missing, open_extractor
 from .generate import fingerprint, generate
 from .metrics import LEAST, ROW, FIDLPIPSEvaluator
+from .options import parse_options
 from .process import run_program
 from .reals import Reals, _pixels, open_reals, parts_for
 
@@ -563,7 +564,7 @@ def main(
 
 # %% ../nbs/63_eval.ipynb #43d625ce-1
 def _body(argv):
-    a = tyro_parse(EvalArgs, argv, 'histogan.eval')
+    a = parse_options(EvalArgs, argv, 'histogan.eval')
     if a.real and not Path(a.run, 'config.json').exists() and Path(a.run).is_dir():
         options = {
             f.name: getattr(a, f.name)

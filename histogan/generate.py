@@ -8,7 +8,7 @@ __all__ = ['patch_seed', 'latents', 'draw', 'fingerprint', 'rows_for', 'generate
 
 # %% ../nbs/55_generate.ipynb #3a717d9d
 from . import startup  # answers a known --help, before all else loads
-from .config import suggestion, tyro_parse
+from .options import parse_options, suggestion
 
 # %% ../nbs/55_generate.ipynb #0b5e6d0e
 import io, re, sys, warnings
@@ -288,7 +288,7 @@ def main(
 
 # %% ../nbs/55_generate.ipynb #c9736b5e
 def _main(argv):
-    a = tyro_parse(GenerateArgs, argv, 'histogan.generate')
+    a = parse_options(GenerateArgs, argv, 'histogan.generate')
     device = f'cuda:{local_rank()}' if a.device == 'cuda' and world() > 1 else a.device
     check_device(device)
     with processes(device):

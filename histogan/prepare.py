@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'COLUMNS', 'QualityOptions', 'StainOptions', 'PrepareConfig', 'list_patches', 'Plan', 'my_share', 'prepare',
-           'parse', 'summary', 'main']
+           'summary', 'main']
 
 # %% ../nbs/07_prepare.ipynb #79845cc2
 from . import startup  # answers a known --help, before all else loads
-import io, json, multiprocessing, os, re, shutil, subprocess, sys
+import json, multiprocessing, os, shutil, subprocess, sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from .data import (HEADER, PREPARED, PREPARED_FORMAT, SPLITS, Inspected,
                            classes_line, file_groups, is_prepared, load_manifest,
                            named, prepared_card, read_all, reserve_images, scan, split)
 from .images import RESIZE, THUMB, pixel_hash, read_rgb, stamp, thumbnail
+from .options import parse_options
 from .process import follow_parent, run_program, wait_for
 from .splits import find_copies
 from .quality import METRICS, filter_of, jpeg_blockiness
@@ -445,27 +446,6 @@ def prepare(
         if not rank: _finish(cfg, df, base, plan, part, out)
     return out
 
-# %% ../nbs/07_prepare.ipynb #6a8b57a6
-_FRAME = r'[╭╮╰╯│─]+|\x1b\[[0-9;]*m|-{5,}'  # what tyro draws around its words
-_OPENING = r'^(Parsing error|\w+(ed|ing) options?|Invalid choice|Missing \w+) '
-
-# %% ../nbs/07_prepare.ipynb #015e3846
-def parse(
-    argv: list[str],  # arguments after the program's name
-    cls: type = PrepareConfig,  # dataclass that describes the options
-    prog: str = 'histogan.prepare',  # module, in the help
-):  # an instance of cls; InputError is one line; --help exits 0
-    "The command line as a configuration."
-    heard = io.StringIO()
-    try:
-        with redirect_stderr(heard):
-            return tyro.cli(cls, args=argv, prog=f'python -m {prog}')
-    except SystemExit as e:
-        if not e.code: raise
-    words = ' '.join(re.sub(_FRAME, ' ', heard.getvalue()).split())
-    words = re.split(r' (?:For full helptext|Argument helptext)', words)[0]
-    raise InputError(re.sub(_OPENING, '', words))
-
 # %% ../nbs/07_prepare.ipynb #1d649409
 def summary(
     out: str | Path,  # a prepared dataset
@@ -485,7 +465,7 @@ train on it: python -m histogan.train --data.root {out}"""
 # %% ../nbs/07_prepare.ipynb #c6d0e298
 def _program(argv) -> int:
     "Prepare, say what became of it, and audit it where that is asked for."
-    cfg = parse(argv)
+    cfg = parse_options(PrepareConfig, argv, 'histogan.prepare')
     try: out = prepare(cfg)
     except InputError as e: raise InputError(str(e).replace('--data.', '--')) from None
     if my_share()[0]: return 0

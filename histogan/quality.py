@@ -9,7 +9,7 @@ __all__ = ['WHITE', 'GLASS', 'DARK', 'BRIGHT', 'RULES', 'METRICS', 'BLOCKINESS',
            'filter_of', 'plot_shares', 'reason_table', 'show_rejected', 'QualityReport', 'quality_report']
 
 # %% ../nbs/05_quality.ipynb #0b0fbaaf
-import difflib, json
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from .core import InputError, write_json
 from .data import read_rgb
-from .images import MIN_SIDE, too_small
+from .images import MIN_SIDE, evenly, too_small
+from .options import suggestion
 
 # %% ../nbs/05_quality.ipynb #8590c251
 def _stack(imgs) -> np.ndarray:  # (N, H, W, 3) uint8
@@ -270,12 +271,6 @@ LIMITS = tuple(f.name for f in fields(Thresholds) if f.name != 'rule')
 NCT_THRESHOLDS = {c: Thresholds(*row, rule=RULES.get(c, 'limits'))
                   for c, row in _NCT.items()}  # for 224 px of 0.5 µm; original recipe
 
-# %% ../nbs/05_quality.ipynb #1108d45d
-def _nearest(name, known) -> str:
-    "'; did you mean …?' or nothing."
-    close = difflib.get_close_matches(str(name), list(map(str, known)), 1, .5)
-    return f'; did you mean {close[0]}?' if close else ''
-
 # %% ../nbs/05_quality.ipynb #1108d45d-1
 def _shown(name) -> str:
     "A key for a complaint of one line."
@@ -288,7 +283,7 @@ def _wrong_keys(spec: dict) -> str | None:
     known = (*LIMITS, 'rule')
     for key in spec:
         if key in known: continue
-        near = _nearest(key, [k for k in known if k not in spec])
+        near = suggestion(key, [k for k in known if k not in spec])
         near = near or f'; remove it (the keys are {", ".join(known)})'
         return f'unknown key {_shown(key)}{near}'
     lost = next((key for key in LIMITS if key not in spec), None)
@@ -458,7 +453,7 @@ def calibrate(
         raise InputError(f'quantile: must lie in [0, 0.5), got {quantile}')
     labels = _labels(df, labels)
     if lost := [c for c in rules if c not in set(labels) and c not in RULES]:
-        near = _nearest(lost[0], set(labels))
+        near = suggestion(lost[0], set(labels))
         raise InputError(f'rules: no patch of class {lost[0]}{near}')
     values = df.assign(jpeg_blockiness=jpeg_blockiness(df, labels))
     values = _finite(values, [*METRICS, 'jpeg_blockiness'])
@@ -487,13 +482,6 @@ def filter_of(
     else: limits = load_thresholds(name)
     return QualityFilter(limits, where=where)
 
-# %% ../nbs/05_quality.ipynb #669d0f82
-def _share_curve(v, minimum):  # (N,) values -> limits (n,), share kept at each
-    "Kept share of the finite values as the limit moves over them."
-    v = np.sort(v[np.isfinite(v)])
-    k = np.arange(len(v))
-    return v, (1 - k / len(v) if minimum else (k + 1) / len(v))
-
 # %% ../nbs/05_quality.ipynb #669d0f82-1
 def _plain(name): return f' {name}'.replace('$', r'\$')  # no formula, never hidden
 
@@ -503,12 +491,11 @@ def _draw_shares(ax, key, values, labels, thresholds):
     low = key.startswith('min')
     for i, c in enumerate(sorted(set(labels))):
         v = values[key[4:]].to_numpy(float)[labels == c]
-        x, y = _share_curve(v, low)
-        steps = 'steps-pre' if low else 'steps-post'
-        ax.plot(x, y, c=f'C{i}', lw=1, label=_plain(c), drawstyle=steps)
+        v = v[np.isfinite(v)]
+        ax.ecdf(v, complementary=low, c=f'C{i}', lw=1, label=_plain(c))
         limit = getattr(thresholds[c], key)
         if limit is None: continue
-        ax.plot(limit, np.mean(x >= limit if low else x <= limit), 'o', c=f'C{i}', ms=3)
+        ax.plot(limit, np.mean(v >= limit if low else v <= limit), 'o', c=f'C{i}', ms=3)
     ax.set_title(key, fontsize=7)
     ax.tick_params(labelsize=5)
     if key in ('min_lap_var', 'min_tenengrad'): ax.set_xscale('log')
@@ -548,19 +535,6 @@ def reason_table(
     table.insert(2, 'share', table.kept / table.patches)
     return table.reset_index(drop=True) if whole else table.rename_axis('label')
 
-# %% ../nbs/05_quality.ipynb #2c88cf02
-def _spread(rows, n):  # n of the rows, evenly spaced
-    "A few examples that are the same at every call."
-    if not len(rows): return rows
-    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
-
-# %% ../nbs/05_quality.ipynb #2c88cf02-1
-def _draw_patch(ax, img, title):
-    "One picture, or an empty place."
-    ax.axis('off')
-    if img is not None: ax.imshow(img)
-    ax.set_title(title, fontsize=5, pad=2)
-
 # %% ../nbs/05_quality.ipynb #d69f8441
 def show_rejected(
     verdict: Verdict,  # of QualityFilter.check
@@ -578,10 +552,11 @@ def show_rejected(
         row[n].axis('off')
         row[n].text(.5, .5, f'← kept\n{_plain(c)}\nrejected →', **words)
         for kept, places in ((True, row[:n]), (False, row[n + 1:])):
-            rows = _spread(np.flatnonzero((labels == c) & (verdict.kept == kept)), n)
-            for ax in places[len(rows):]: ax.axis('off')
+            rows = evenly(np.flatnonzero((labels == c) & (verdict.kept == kept)), n)
+            for ax in places: ax.axis('off')
             for ax, i in zip(places, rows):
-                _draw_patch(ax, read(index[i]), verdict.reasons[i].split('; ')[0])
+                if (img := read(index[i])) is not None: ax.imshow(img)
+                ax.set_title(verdict.reasons[i].split('; ')[0], fontsize=5, pad=2)
     fig.subplots_adjust(0, .01, 1, .97, .05, .15)
     return fig
 

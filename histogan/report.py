@@ -7,7 +7,7 @@ __all__ = ['GUARD_COLOURS', 'STYLE', 'panels', 'curve', 'report_html', 'report',
 
 # %% ../nbs/67_report.ipynb #import-config
 from . import startup  # answers a known --help, before all else loads
-from .config import Config, tyro_parse
+from .config import Config, flat
 
 # %% ../nbs/67_report.ipynb #imports
 import json, platform, sys
@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 from PIL import Image
 from .card import RunFiles, class_counts, command, copying_words, differences
-from .card import distances, downstream_table, findings_of, flat, model_card
+from .card import distances, downstream_table, findings_of, model_card
 from .card import model_of, overall, read_run, scale_words, source_words
 from .card import verdicts
 from .checkpoint import load_generator
@@ -30,6 +30,8 @@ from .downstream import summarise, wide
 from .generate import draw, patch_seed
 from .generator import FRONT
 from .guards import saturation_threshold
+from .images import evenly
+from .options import parse_options
 from .page import figure, page, section, table, text, write_page
 from .process import run_program
 
@@ -45,7 +47,7 @@ def _reals(r, k):
         if df is None: return {}
         groups = df[df.split == 'train'].groupby('label')
         read = _reader(r, df)
-        return {c: [read(row) for row in g.iloc[_spread(len(g), k)].itertuples()]
+        return {c: [read(row) for row in g.iloc[evenly(np.arange(len(g)), k)].itertuples()]
                 for c, g in groups}
     except (InputError, OSError): return {}
 
@@ -57,9 +59,6 @@ def _reader(r, df):
         return lambda row: resize(read_rgb(row.path), size)
     kept = np.load(images, mmap_mode='r')
     return lambda row: resize(np.asarray(kept[int(row.store_row)]), size)
-
-# %% ../nbs/67_report.ipynb #dec525d4
-def _spread(n, k): return np.unique(np.linspace(0, n - 1, k).astype(int))
 
 # %% ../nbs/67_report.ipynb #aac0cdaa
 def _located(r):
@@ -152,7 +151,7 @@ def _over_time(r, most=9, rows=8):
     found = sorted((r.folder / 'samples').glob('step_*.png'))
     if not found: return section('One latent over the run', text(
         f'No grid yet: the first is drawn at step {r.cfg.run.sample_every}.', 'note'))
-    chosen = [found[i] for i in _spread(len(found), most)]
+    chosen = [found[i] for i in evenly(np.arange(len(found)), most)]
     steps = [int(p.stem[5:]) for p in chosen]
     names = ', '.join(map(str, steps))
     rows = _latent_rows(chosen, r.cfg.data.image_size, rows)
@@ -533,7 +532,7 @@ def main(
 
 # %% ../nbs/67_report.ipynb #bc2a4e9e
 def _main(argv):
-    path = report(tyro_parse(ReportArgs, argv, 'histogan.report').run)
+    path = report(parse_options(ReportArgs, argv, 'histogan.report').run)
     size = path.stat().st_size / 2**20
     print(f'{path} ({size:.1f} MB) and {path.parent / "MODEL_CARD.md"}')
 

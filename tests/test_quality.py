@@ -89,7 +89,7 @@ def test_files_of_every_format_are_measured_and_a_bad_one_is_named(tmp_path):
 def text(**changes): return json.dumps({'TUM': {k: v for k, v in (TUM | changes).items() if v != 'gone'}})
 
 BROKEN = {
-    'unknown key': (text(min_laplacian=1), 'unknown key min_laplacian'), 'another spelling': (text(jpeg_blockiness_max=.04, max_jpeg_blockiness='gone'), 'did you mean max_jpeg_blockiness?'),
+    'unknown key': (text(min_laplacian=1), 'unknown key min_laplacian'), 'another spelling': (text(jpeg_blockiness_max=.04, max_jpeg_blockiness='gone'), "did you mean 'max_jpeg_blockiness'?"),
     'missing key': (text(min_entropy='gone'), 'min_entropy is missing'), 'missing class': (json.dumps({'TUMOR': TUM}), 'class TUM is missing'),
     'text for a number': (text(min_entropy='6.7'), 'min_entropy must be a number'), 'true for a number': (text(min_entropy=True), 'min_entropy must be a number'),
     'a list for a number': (text(min_entropy=[6]), 'min_entropy must be a number'), 'a share of 78': (text(min_tissue_frac=78), 'min_tissue_frac must be finite and in [0, 1]'),
