@@ -1,7 +1,6 @@
-"""Preparing and reading a dataset, measured: `python tests/bench_prepare.py [speed] [read] [copies] [memory]` (all four without a word).
+"""Preparing and reading a dataset, measured: `python tests/bench_prepare.py [speed] [copies] [memory]` (all three without a word).
 
 speed   patches of 224 px per second through quality and Vahadane, by the clock and by the processor
-read    patches per second out of a prepared dataset and out of the folders it was made of, in the same batches, at 256 px
 copies  5,000 phantom patches, and planted copies of 500 of them: which share ends in one group, how many pairs are false
 memory  the most that the first process and all processes together held (what they share counted once), for growing numbers of patches
 
@@ -24,7 +23,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from histogan.data import HistoDataset, PreparedImages, load_prepared
 from histogan.images import FLAT, near_duplicates, thumbnail, unshaded
 from histogan.manifest import CLASSES, scan
 from histogan.splits import linked_groups
@@ -78,21 +76,6 @@ def speed(cache):
               f'{900 / wall:.0f} patches/s in all, {n / (wall - start):.0f} patches/s once started'
               + (f'; {1000 * (cpu - start_cpu) / n:.1f} ms of processor a patch' if workers == '1' else '') + load())
 
-def read(cache, batch=64, batches=20):
-    "The same batches out of the prepared dataset and out of the folders."
-    root, out = patches(cache, 100, 224), Path(cache, 'speed')
-    if not out.exists(): prepared(root, out, '--workers', '2', '--quality.thresholds', 'calibrate')
-    store = load_prepared(out); df, classes = store.manifest, store.card['classes']
-    rng, rates = np.random.default_rng(0), {}
-    order = [rng.choice(len(df), batch, replace=False) for _ in range(batches)]
-    for name, images in (('prepared', PreparedImages(out, df.store_row, 256)), ('folders', None)):
-        data = HistoDataset(df, classes, 256, images); data[order[0]]
-        began = time.perf_counter()
-        for k in order: data[k]
-        rates[name] = batch * batches / (time.perf_counter() - began)
-    print(f"read: prepared {rates['prepared']:,.0f} patches/s, folders {rates['folders']:,.0f} patches/s, "
-          f"ratio {rates['prepared'] / rates['folders']:.0f}, 256 px, batches of {batch}, one process")
-
 def jpeg(img, quality=90):
     out = io.BytesIO(); Image.fromarray(img).save(out, 'JPEG', quality=quality); return np.array(Image.open(out))
 
@@ -130,7 +113,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', nargs='*', default=[]); p.add_argument('--cache', default=str(Path(tempfile.gettempdir(), 'histogan-bench-prepare')))
     a = p.parse_args(); Path(a.cache).mkdir(parents=True, exist_ok=True)
-    for f in (speed, read, copies, memory):
+    for f in (speed, copies, memory):
         if not a.what or f.__name__ in a.what: f(a.cache)
 
 if __name__ == '__main__': main()

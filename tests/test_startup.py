@@ -5,7 +5,7 @@ import pytest
 
 from conftest import ROOT, run_python
 
-PROGRAMS = 'train prepare audit generate eval downstream report ablate'.split()
+PROGRAMS = 'train prepare audit generate eval downstream report ablate bench'.split()
 HEAVY = 'torch numpy pandas tyro scipy PIL'.split()
 BY_NEED = 'torchvision timm torchmetrics torch_fidelity lpips scipy.linalg scipy.sparse scipy.stats sklearn matplotlib staintools IPython'.split()
 
