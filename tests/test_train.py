@@ -192,3 +192,16 @@ def test_help_and_dry_run(patches, tmp_path):
     assert shown.rc == 0 and '--gate.acc-gate-hi' in shown.out and 'ACC_GATE_HI' in shown.out
     timed = train('--data.root', patches, '--out', tmp_path/'run', '--dry-run')
     assert timed.rc == 0 and 'seconds_per_step' in timed.out and not (tmp_path/'run').exists(), timed.err
+
+def test_the_dial_says_what_it_chose_and_what_that_costs(patches, tmp_path):
+    "A larger mark has a wider G; an option that is given wins; a run at it goes on at it."
+    said = [train('--data.root', patches, '--out', tmp_path/'run', '--dry-run', *more) for more in ([], ['--scale', 'M', '--optim.lr-g', '0.003'])]
+    small, large = (dict(line.split(': ') for line in s.out.splitlines() if ': ' in line) for s in said)
+    assert large['batch_size'] == small['batch_size'] == '4' and int(large['G_parameters']) > 2*int(small['G_parameters']), said[1].err
+    assert large['scale'] == 'M' and float(large['lr_g']) == .003 and float(large['half_life_img']) > float(small['half_life_img'])
+    done = train('--data.root', patches, '--out', tmp_path/'run', '--scale', 'M', '--run.steps', '2')
+    assert done.rc == 0 and json.loads((tmp_path/'run'/'config.json').read_text())['scale'] == 'M', done.err
+    other = run_cli(['histogan.train', '--resume', tmp_path/'run', '--scale', 'L'])
+    assert other.rc == 2 and '--scale: ' in other.err
+    refused = run_cli(['histogan.train', '--preset', 'poc', '--scale', 'M'])
+    assert refused.rc == 2 and 'poc has one size' in refused.err
