@@ -543,6 +543,11 @@ def dry_run(
     memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(
+        scale=cfg.scale,  # the dial, and what it chose
+        batch_size=cfg.data.batch_size,
+        lr_g=cfg.optim.lr_g,
+        lr_d=cfg.optim.lr_d,
+        half_life_img=cfg.ema.half_life_img,
         G_parameters=count(s.G),
         D_parameters=count(s.D),
         classes=len(data.classes),
