@@ -8,7 +8,8 @@ __all__ = ['ROWS', 'race', 'Row', 'compared', 'BenchArgs', 'step_rows', 'samplin
 
 # %% ../nbs/57_bench.ipynb #781fbd89
 from . import startup  # answers a known --help, before all else loads
-from .config import PRESETS, pick_amp, pick_device, suggestion, tyro_parse
+from .config import PRESETS, pick_amp, pick_device
+from .options import parse_options, suggestion
 import os, subprocess, sys, tempfile, time
 import numpy as np
 import torch
@@ -349,7 +350,7 @@ def main(
 # %% ../nbs/57_bench.ipynb #800b291f
 def _main(argv):
     "Parse and measure."
-    a = tyro_parse(BenchArgs, argv, 'histogan.bench')
+    a = parse_options(BenchArgs, argv, 'histogan.bench')
     bench(a, lambda text: print(text, flush=True))
     return 0
 
