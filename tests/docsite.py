@@ -105,3 +105,35 @@ def problems(folder):
         found += [f'{name}: no {key} in the front matter' for key in ('title', 'description') if not page.meta.get(key)]
         found += [f'{name}: {fault}' for fault in [*page.faults, *link_faults(page, pages, site, folder)]]
     return found
+
+# nbdev makes a link of every word in backticks that is the name of a symbol, in whatever module that is
+
+AUTO = re.compile(r'\[`([^`]+)`\]\(([^)\s]+)\)')
+IMPORTED = re.compile(r'^\s*from histogan\.(\w+) import ([^(\n]+|\([^)]*\))', re.M)
+ONE_THING = {('config', 'modern')}  # the preset and the function that makes it
+
+def cells_of(path, kind):
+    "The sources of a notebook's cells of one kind."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == kind]
+
+def in_reach(source):
+    "(module, name) of what a notebook defines, or imports from the package."
+    found, own = set(), source.stem.partition('_')[2]
+    for text in cells_of(source, 'code'):
+        found |= {(own, n) for n in re.findall(r'^(?:def|class) (\w+)|^(\w+) *=', text, re.M) for n in n if n}
+        for module, names in IMPORTED.findall(text):
+            found |= {(module, n.split(' as ')[0].strip()) for n in names.strip('()').replace('\n', ' ').split(',')}
+    return found
+
+def automatic_links(processed, source):
+    "(word, target) of the links that nbdev made in a page's prose; those of signatures left out."
+    own = set(re.findall(r'\[`([^`]+)`\]\(', '\n'.join(cells_of(source, 'markdown'))))
+    shown = [t for cell in cells_of(processed, 'markdown') for t in cell.split('\n\n') if not t.startswith(('---\n', '### '))]
+    return [(word, target) for word, target in AUTO.findall('\n'.join(shown)) if word not in own]
+
+def is_meant(word, target, source, fields=()):
+    "An automatic link must be to what is meant: a call, a name that is no word and no option, or something that the page defines or imports."
+    if word.endswith(')') or '.' in word or re.search(r'[a-z][A-Z]|[A-Z][a-z]', word): return True
+    link = Path(target.partition('#')[0]).stem, word
+    return link in ONE_THING or link in in_reach(source) or ('_' in word and word not in fields)

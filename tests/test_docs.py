@@ -1,10 +1,11 @@
 "The documentation as nbdev hands it to Quarto: processed in a copy of the tree and checked without Quarto."
-import json
+import ast, json, re
+from configparser import ConfigParser
 
 import pytest
 
 from conftest import ROOT, copy_tree, run_python
-from docsite import listed, load, problems
+from docsite import automatic_links, cells_of, is_meant, listed, load, problems
 
 PROCESS = '''
 from nbdev.doclinks import _build_modidx
@@ -27,6 +28,47 @@ def test_every_notebook_is_processed(processed):
 def test_the_site_has_no_faults(processed):
     found = problems(processed/'_proc')
     assert not found, '\n'.join(found)
+
+def dataclasses_in(text):
+    "Class -> its fields, of the dataclasses that a text defines."
+    classes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and any('dataclass' in ast.unparse(d) for d in n.decorator_list)]
+    return {c.name: [f.target.id for f in c.body if isinstance(f, ast.AnnAssign)] for c in classes}
+
+MODULES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'histogan').glob('*.py')) if p.stem != '_modidx'}
+FIELDS = {f for text in MODULES.values() for fields in dataclasses_in(text).values() for f in fields}
+
+def test_automatic_links_lead_to_what_is_meant(processed):
+    found = []
+    for page in sorted((processed/'_proc').glob('*.ipynb')):
+        source = ROOT/'nbs'/page.name
+        found += [f'{page.name}: {word} -> {to}' for word, to in automatic_links(page, source) if not is_meant(word, to, source, FIELDS)]
+    assert not found, '\n'.join(found)
+
+# what a reader of the field types into the search box
+WORDS = ('mode collapse', 'overfitting', 'memorization', 'gradient clipping', 'two-time-scale update rule', 'TTUR',
+    'feature map', 'pretrained', 'hyperparameter', 'embedding', 'FID', 'augmentation', 'discriminator', 'regularization')
+
+@pytest.mark.parametrize('word', WORDS)
+def test_the_words_of_the_field_are_found(processed, word):
+    seen = re.compile(rf'\b{word}', re.I if word.islower() else 0)
+    prose = {p.name: ' '.join(' '.join(cells_of(p, 'markdown')).split()) for p in (processed/'_proc').glob('*.ipynb')}
+    assert [name for name, text in prose.items() if seen.search(text)], f'no page says {word}'
+
+@pytest.mark.parametrize('name', [n for text in MODULES.values() for n in dataclasses_in(text) if n.endswith(('Config', 'Args')) and n not in ('MadeConfig', 'TrainArgs')])
+def test_a_configuration_shows_its_fields(name):
+    module = next(m for m, text in MODULES.items() if name in dataclasses_in(text))
+    page = next((ROOT/'nbs').glob(f'[0-9][0-9]_{module}.ipynb'))
+    assert f'field_table({name})' in '\n'.join(cells_of(page, 'code'))
+
+@pytest.mark.parametrize('page', sorted(p.name for p in (ROOT/'nbs').glob('tutorial_*.ipynb')))
+def test_a_tutorial_opens_in_colab(page):
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini')
+    git, branch = ini['DEFAULT']['git_url'], ini['DEFAULT']['branch']
+    badge, setup = (cells_of(ROOT/'nbs'/page, kind) for kind in ('markdown', 'code'))
+    there = git.replace('https://github.com/', 'https://colab.research.google.com/github/')
+    assert f'({there}/blob/{branch}/nbs/{page})' in badge[1]
+    assert setup[0].startswith('#| hide\n#| eval: false\n') and f'-b {branch} {git}\n' in setup[0] and 'pip install' in setup[0]
 
 def test_site_settings_are_current(processed):
     assert (processed/'nbs'/'nbdev.yml').read_text() == (ROOT/'nbs'/'nbdev.yml').read_text()
@@ -85,3 +127,18 @@ def test_a_fault_is_found(tmp_path, cells, fault):
 @pytest.mark.parametrize('contents, fault', [('', 'not listed'), ('a.ipynb, b.ipynb', 'is no page'), ('a.ipynb, a.ipynb', 'listed twice')])
 def test_a_wrong_sidebar_is_found(tmp_path, contents, fault):
     assert any(fault in line for line in problems(site(tmp_path, FRONT, contents=contents)))
+
+@pytest.mark.parametrize('prose, word, target, meant', [
+    ('Switch `noise` off.', 'noise', 'drawing.html#noise', False),
+    ('`noise()` draws.', 'noise()', 'drawing.html#noise', True),
+    ('It is in `train`.', 'train', 'train.html#train', False),
+    ('`drift` anchors.', 'drift', 'losses.html#drift', True),
+    ('`open_data` opens.', 'open_data', 'data.html#open_data', True),
+    ('Set `ema_beta`.', 'ema_beta', 'guards.html#ema_beta', False),
+    ('A `PairTerm`.', 'PairTerm', 'losses.html#pairterm', True),
+])
+def test_a_link_that_leads_astray_is_found(tmp_path, prose, word, target, meant):
+    (tmp_path/'a.ipynb').write_text(json.dumps({'cells': [md(prose), code('from histogan.losses import drift')]}))
+    (tmp_path/'shown.ipynb').write_text(json.dumps({'cells': [md(re.sub('`[^`]+`', f'[`{word}`](https://example.org/{target})', prose))]}))
+    (link,) = automatic_links(tmp_path/'shown.ipynb', tmp_path/'a.ipynb')
+    assert link == (word, f'https://example.org/{target}') and is_meant(*link, tmp_path/'a.ipynb', FIELDS) == meant
