@@ -1,6 +1,6 @@
 """How various are the samples of a run? `python tests/bench_variety.py RUN [RUN…] [--weights alexnet.pth] [--n 100]`.
 
-In the features of AlexNet, which no discriminator here trains with: n samples of each class against the class's training
+In the features of AlexNet, which no discriminator here trains with, patches enlarged to 128 px: n samples of each class against the class's training
 patches, precision to nearest distance by `manifold_metrics`, repeats against as many reals, effective dimensions of w,
 the frame at the border, and the Fréchet distance to the test patches over that of the training patches. Printed are a
 table per class and the means. `--halves` measures one half of the training patches against the other instead of samples.
@@ -14,12 +14,16 @@ import torch
 
 from histogan.checkpoint import load_generator
 from histogan.config import load_config
-from histogan.data import load_manifest, open_data, to_float, to_uint8
+from histogan.data import load_manifest, open_data, resize, to_float, to_uint8
 from histogan.features import ALEXNET, FeatureCache, alexnet_extractor, features, find_weights
 from histogan.log import sample
 from histogan.metrics import class_gaps, manifold_metrics
 from histogan.reals import split_of
 from histogan.selection import TAIL, effective_dimensions, frame, frechet
+
+PX = 128  # side of what AlexNet sees: its last maps are 7×7 then, and 3×3 at 64 px
+
+def enlarged(x): return x if x.shape[1] >= PX else np.stack([resize(i, PX) for i in x])
 
 def as_float(x): return to_float(torch.from_numpy(x).permute(0, 3, 1, 2))
 
@@ -30,8 +34,10 @@ def repeats(ex, fake, real, seed=1):
     return float((class_gaps(ex, fake[:k]) < class_gaps(ex, real[pick]).quantile(TAIL)).float().mean())
 
 def one_class(cache, ex, fake, real):
+    edge = frame(as_float(fake)) / frame(as_float(real))
+    fake, real = enlarged(fake), enlarged(real)
     f, r = features(cache, ex, fake), features(cache, ex, real)
-    return dict(repeats=repeats(ex, fake, real), **manifold_metrics(f, r), frame=frame(as_float(fake)) / frame(as_float(real))), f, r
+    return dict(repeats=repeats(ex, fake, real), **manifold_metrics(f, r), frame=edge), f, r
 
 def halved(x, seed=0):
     i = np.random.default_rng(seed).permutation(len(x))
@@ -54,7 +60,7 @@ def figures(run, cache, ex, n, seed, halves=False):
         rows.append(dict(label=name, n=len(real), w_dims=effective_dimensions(w)) | row)
         fakes.append(f[:n])
         reals.append(r[:n])
-    beside = features(cache, ex, test.x)
+    beside = features(cache, ex, enlarged(test.x))
     to_test = lambda x: frechet(np.concatenate(x), beside)
     return pd.DataFrame(rows), to_test(fakes) / to_test(reals)
 
