@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAIL', 'class_accuracy', 'mean_distance', 'diversity', 'layout_correlation', 'poses', 'squared_distances',
            'pose_distances', 'repeats', 'half_covariance', 'frechet', 'Quality', 'Embedded', 'embed', 'equal_numbers',
-           'quality', 'SelectionConfig', 'shortfalls', 'score', 'SelectionState', 'SelectionVerdict',
+           'quality', 'SelectionConfig', 'shortfalls', 'score', 'SelectionState', 'SelectionVerdict', 'newest_of_ties',
            'selection_update', 'Considered', 'Chooser', 'open_chooser', 'effective_dimensions', 'frame']
 
 # %% ../nbs/42_selection.ipynb #b8d147d8
@@ -308,6 +308,17 @@ class SelectionVerdict(Verdict):
     "A verdict that carries the score."
     score: float = math.nan  # as score; lower is better
 
+# %% ../nbs/42_selection.ipynb #05c2a900
+def newest_of_ties(
+    cfg: SelectionConfig,  # tie
+    state: SelectionState,  # before this checkpoint
+    step: int,  # of it
+    value: float,  # its score; lower is better, nan never is
+) -> SelectionState:
+    "The newest checkpoint whose score ties with the lowest."
+    lowest = min(value, state.best) if value == value else state.best
+    return SelectionState(lowest, step) if value <= (1 + cfg.tie) * lowest else state
+
 # %% ../nbs/42_selection.ipynb #c2e3837a
 def selection_update(
     cfg: SelectionConfig,  # thresholds
@@ -317,8 +328,7 @@ def selection_update(
     "Score a checkpoint and name what is wrong with it."
     step, q = obs
     value = score(cfg, q)
-    lowest = min(value, state.best) if value == value else state.best
-    if value <= (1 + cfg.tie) * lowest: state = SelectionState(lowest, step)
+    state = newest_of_ties(cfg, state, step, value)
     action, seen, limit = _fault(cfg, q) or ('', value, None)
     return state, SelectionVerdict('selection', step, seen, limit, bool(action), action,
                                    log=bool(action), score=value)
@@ -412,9 +422,9 @@ def _by_distance(self: Chooser, step, x):
     "The lowest Fréchet distance in random features."
     fake = torch.cat([self.net(p) for p in x.split(64)]).numpy()
     value = frechet(self.real, fake)
-    better = value < self.best
-    if better: self.state = SelectionState(value, step)
-    return Considered(better, dict(metric='fd-random', value=value), {})
+    self.state = newest_of_ties(self.cfg, self.state, step, value)
+    best = self.best_step == step
+    return Considered(best, dict(metric='fd-random', value=value), {})
 
 # %% ../nbs/42_selection.ipynb #89ddd323-1
 @patch(as_prop=True)
@@ -428,12 +438,19 @@ def best_step(self: Chooser) -> int | None:
     "Step of the best checkpoint."
     return self.state.best_step
 
+# %% ../nbs/42_selection.ipynb #f7d0e738
+@patch(as_prop=True)
+def _kind(self: Chooser):
+    "Scores of one kind can be compared."
+    if self.metric != 'fd': return self.metric
+    return f'fd, {len(self.y)} samples, {len(self.real)} reals'
+
 # %% ../nbs/42_selection.ipynb #929f6bcc
 @patch
 def state_dict(self: Chooser) -> dict:  # JSON-able
     "The best so far, and who said so."
     key = self.classifier.key if self.metric == 'selection' else ''
-    return dict(metric=self.metric, classifier=key, **asdict(self.state))
+    return dict(metric=self._kind, classifier=key, **asdict(self.state))
 
 # %% ../nbs/42_selection.ipynb #929f6bcc-1
 @patch
@@ -443,7 +460,7 @@ def load_state_dict(self: Chooser,
     "Go on choosing."
     mine = self.state_dict()
     # other scores: begin anew
-    if saved.get('metric', self.metric) != self.metric: return self
+    if saved.get('metric', self._kind) != self._kind: return self
     if (theirs := saved.get('classifier', mine['classifier'])) != mine['classifier']:
         raise InputError(
             f'checkpoint: its best model was chosen by the held-out classifier '
@@ -472,8 +489,9 @@ def open_chooser(
     )
     if classifier is not None: return Chooser('selection', cfg, classifier, n=n)
     if metric == 'none' or len(held := data.dataset('val')) < 2: return Chooser()
+    if len(held) < n: held = data.dataset('train')
     at = np.array_split(np.arange(len(held)), -(-len(held) // 64))
-    return Chooser('fd', cfg, reals=(_batch(held, i) for i in at), n=n)
+    return Chooser('fd', cfg, reals=(_batch(held, i) for i in at), n=2 * n)
 
 # %% ../nbs/42_selection.ipynb #04de3463-1
 def _batch(part, i):
