@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from typing import NamedTuple
 from .classifier import HeldOutClassifier, fit_held_out
-from .core import InputError, Stopped, read_json, warn_line
+from .core import InputError, Stopped, moved, read_json, warn_line
 from .core import write_file, write_json, write_table
 from .data import CLASSES, inspect, scan
 from .encoder import CNNConfig, lite0_path
@@ -589,6 +589,9 @@ def _main(argv):
     print(shown(df).drop(columns='what').to_string(index=False))
     print(f'table in {a.out}/ablation.csv and ablation.png, samples in '
           f'{a.out}/ablation_grids.jpg and {a.out}/grids')
+
+# %% ../nbs/56_ablate.ipynb #moved-ablate
+__getattr__ = moved('ablate')  # old names
 
 # %% ../nbs/56_ablate.ipynb #ee528409
 #| eval: false

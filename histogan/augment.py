@@ -248,3 +248,9 @@ def d4(
     x = torch.where(transpose, x.transpose(2, 3), x)
     x = torch.where(horizontal, x.flip(3), x)
     return torch.where(vertical, x.flip(2), x)
+
+# %% ../nbs/31_augment.ipynb #moved-augment-0
+from .core import moved
+
+# %% ../nbs/31_augment.ipynb #moved-augment
+__getattr__ = moved('augment')  # old names

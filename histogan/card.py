@@ -346,3 +346,9 @@ def _weights(r):
     best = 'checkpoints/cgan_best_model.pt'
     if not (r.folder / best).exists(): return 'none yet'
     return f'`{best}`, sha256 `{file_digest(r.folder / best)}`'
+
+# %% ../nbs/66_card.ipynb #moved-card-0
+from .core import moved
+
+# %% ../nbs/66_card.ipynb #moved-card
+__getattr__ = moved('card')  # old names

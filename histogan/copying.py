@@ -344,3 +344,9 @@ def save_copying(
     write_json(folder / 'copying.json', result)
     write_table(folder / 'copying_pairs.csv', table)
     write_file(folder / 'copying_pairs.png', lambda f: figure.savefig(f, format='png'))
+
+# %% ../nbs/62_copying.ipynb #moved-copying-0
+from .core import moved
+
+# %% ../nbs/62_copying.ipynb #moved-copying
+__getattr__ = moved('copying')  # old names

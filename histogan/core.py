@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIXES', 'OLD_NAMES', 'InputError', 'Stopped', 'warn_line', 'say', 'disk_error', 'fix_for', 'sync_file', 'sync_folder',
            'write_file', 'clear_torn', 'write_json', 'read_json', 'write_table', 'read_table', 'hasher', 'digest',
-           'file_digest', 'safe_names', 'versions', 'lock', 'moved']
+           'file_digest', 'safe_names', 'versions', 'lock', 'moved', 'old_modules']
 
 # %% ../nbs/00_core.ipynb #c0re0005
 import contextlib, csv, dataclasses, errno, hashlib, importlib, json, os, platform
@@ -459,25 +459,69 @@ def _read_note(note):
     return ''
 
 # %% ../nbs/00_core.ipynb #c0re0111
-# module -> its old names, and where they are now; '*': all the public names of these
-# modules are old names too. To go with version 0.3
-OLD_NAMES = {
-    'core': {'*': ('process',)},
-    'config': {'tyro_parse': 'options.parse_options', '*': ('options',)},
-    'card': dict(flat='config.flat'),
-    'checkpoint': dict(atomic_write='core.write_file', sync_folder='core.sync_folder',
-                       disk_error='core.disk_error'),
-    'data': dict(families='splits.linked_groups', STORE='prepared.PREPARED',
-                 STORE_FORMAT='prepared.PREPARED_FORMAT'),
-    'train': {'catch_signals': 'process.interruption', 'see': 'step.encode_batch',
-              'Seen': 'step.EncodedBatch', 'together': 'step.whole_batch',
-              'descend': 'step.optimizer_step', 'kept_features': 'train.cached_features',
-              'open_judge': 'train.open_choice', '*': ('core', 'process', 'config', 'step', 'log')},
-    'prepare': {'look': 'prepare.process_file', 'parse': 'options.parse_options',
-                '*': ('core', 'process', 'audit')},
-    'downstream': {'*': ('core', 'process')}, 'phantom': {'*': ('drawing',)}, 'eval': {'*': ('reals',)},
-    'report': {'read_csv': 'core.read_table', '*': ('core', 'process')},
-}
+# old name -> where it is now; *=…: all the public names of those modules are old names
+# too; -…: it is gone, and what does its work. To go with version 0.3
+_OLD = '''
+ablate  put=config.override judge_of=held_out trained=train_row look=measure left=_left
+        write_whole=core.write_file report=_report
+augment Moves=Augmentations draw_moves=draw_augmentations apply_moves=apply_augmentations
+card    flat=config.flat
+checkpoint atomic_write=core.write_file sync_folder=core.sync_folder
+        disk_error=core.disk_error
+config  tyro_parse=options.parse_options *=options
+copying turns=-selection.poses
+core    *=process
+data    families=splits.linked_groups STORE=prepared.PREPARED
+        STORE_FORMAT=prepared.PREPARED_FORMAT is_store=prepared.is_prepared
+        Store=prepared.PreparedDataset load_store=prepared.load_prepared
+        StoreImages=prepared.PreparedImages verify_store=prepared.verify_prepared
+dist    mine=local_rows whole=gather_batch
+downstream *=core,process,baseline Normalised=baseline._Normalised
+        load_body=baseline._load_body read_kept=_read_kept Progress=_Progress
+        case_line=_case_line save_csv=core.write_table save_figures=_save_figures
+encoder *=frozen,small_cnn,pretrained spread=images.evenly Joined=-frozen.join
+eval    *=core,process,reals,metrics together=reals.held_out say=_tell
+        judge_encoder=classifier_of half_name=-eval._note judge_note=-eval._note
+gates   *=selection agreement=selection.class_accuracy spread=selection.mean_distance
+        GatesConfig=selection.SelectionConfig GatesState=selection.SelectionState
+        GatesVerdict=selection.SelectionVerdict gates_update=selection.selection_update
+generate write_batch=_write_batch mark=_mark
+judge   *=classifier Judge=classifier.HeldOutClassifier
+        make_judge=classifier.fit_held_out judge_for=classifier.held_out_for
+        families_of=classifier.groups_of deal_families=-classifier.split_by_group
+        halves=-classifier.split_by_group as_reals=-classifier.HeldOutClassifier
+losses  weigh=weighted_sum
+phantom *=drawing
+prepare parse=options.parse_options look=chunks.process_file *=core,process,audit,chunks
+        STALL=-process.wait_for Share=-prepare.my_share
+report  read_csv=core.read_table *=core,process,card data=_data curves=_curves
+        samples=_samples distribution=_distribution copying=_copying shrunk=_shrunk
+        classifier=_classifier hashes=_hashes environment=_environment folded=_folded
+        wants=_wants guard_events=_guard_events configuration=_configuration
+        audit=_audit read_events=card._read_events option=card._option
+        measured=card._measured PACKAGES=_PACKAGES HASHED=_HASHED HEADS=_HEADS
+        FIGURES=_FIGURES USES=card._USES NOT_FOR=card._NOT_FOR LIMITS=card._LIMITS
+        PHANTOM=card._PHANTOM SECTIONS=-report.report_html contact_sheet=-report._strip
+step    *=state
+train   catch_signals=process.interruption see=step.encode_batch Seen=step.EncodedBatch
+        together=step.whole_batch descend=step.optimizer_step open_judge=open_choice
+        kept_features=cached_features train_locked=loop cut_after=log.continue_table
+        *=core,process,config,step,state,log evaluate=-selection.Chooser
+        look=-selection.Chooser is_best=-selection.Chooser'''
+
+# %% ../nbs/00_core.ipynb #c0re0111-1
+def _read_old(text):
+    "Module -> its old names and where each is now."
+    table = {}
+    for word in text.split():
+        old, _, new = word.partition('=')
+        if not new: table[module := old] = {}
+        elif '.' in new or old == '*': table[module][old] = new
+        else: table[module][old] = f'{module}.{new}'
+    return table
+
+# %% ../nbs/00_core.ipynb #c0re0111-2
+OLD_NAMES = _read_old(_OLD)
 
 # %% ../nbs/00_core.ipynb #c0re0112
 def moved(
@@ -486,10 +530,12 @@ def moved(
     "Old names of a module, each with one warning."
     table, said = OLD_NAMES.get(module, {}), set()
     home_of = lambda name: importlib.import_module(f'histogan.{name}')
+    homes = table.get('*', '').split(',')
     def find(name):
-        new = table.get(name) or next((f'{home}.{name}' for home in table.get('*', ())
+        new = table.get(name) or next((f'{home}.{name}' for home in filter(None, homes)
                                        if name in home_of(home).__all__), None)
         if not new: raise AttributeError(f'module {module!r} has no attribute {name!r}')
+        if new[0] == '-': raise AttributeError(f'{module}.{name} is gone; see {new[1:]}')
         if name not in said:
             told = f'{module}.{name} is now {new}'
             warnings.warn(told, DeprecationWarning, stacklevel=2)
@@ -497,6 +543,14 @@ def moved(
         home, _, own = new.rpartition('.')
         return getattr(home_of(home), own)
     return find
+
+# %% ../nbs/00_core.ipynb #90bb650c
+def old_modules():
+    "Modules that have another name: importing from them works, with the warnings."
+    for name in ('gates', 'judge'):
+        module = type(sys)(f'histogan.{name}', 'Moved; see `OLD_NAMES`.')
+        module.__getattr__, module.__path__ = moved(name), []
+        sys.modules.setdefault(module.__name__, module)
 
 # %% ../nbs/00_core.ipynb #c0re0115
 __getattr__ = moved('core')

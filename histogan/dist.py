@@ -418,3 +418,9 @@ def _floats_of_each(s, w):
     "For each image: its class, two layouts of 64, half of its pair's distances."
     layout = bool(w['layout']) * (2 + 128)
     return layout + bool(w['pair']) * (2 + s.pair.distance.shape[1] / 2)
+
+# %% ../nbs/43_dist.ipynb #moved-dist-0
+from .core import moved
+
+# %% ../nbs/43_dist.ipynb #moved-dist
+__getattr__ = moved('dist')  # old names

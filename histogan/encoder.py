@@ -357,3 +357,9 @@ def _write_features(f, shape, batches):
         for k, row in zip(ids, rows):
             f.seek(start + int(k) * width)
             f.write(row.tobytes())
+
+# %% ../nbs/24_encoder.ipynb #moved-encoder-0
+from .core import moved
+
+# %% ../nbs/24_encoder.ipynb #moved-encoder
+__getattr__ = moved('encoder')  # old names

@@ -322,6 +322,12 @@ def _do_export(G, a):
 # %% ../nbs/55_generate.ipynb #bd530955
 _INSTEAD = dict(walk=_do_walk, onnx=_do_onnx, export=_do_export)
 
+# %% ../nbs/55_generate.ipynb #moved-generate-0
+from .core import moved
+
+# %% ../nbs/55_generate.ipynb #moved-generate
+__getattr__ = moved('generate')  # old names
+
 # %% ../nbs/55_generate.ipynb #36118dde
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -554,3 +554,9 @@ def weighted_sum(
     log |= {f'{k}_w': share(k, t) for k, t in log.items()}
     first, *rest = added.values()
     return sum(rest, first), log
+
+# %% ../nbs/30_losses.ipynb #moved-losses-0
+from .core import moved
+
+# %% ../nbs/30_losses.ipynb #moved-losses
+__getattr__ = moved('losses')  # old names

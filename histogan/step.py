@@ -556,3 +556,9 @@ def row_of(
     row |= dict(lambda_perceptual=s.sat.lambda_perceptual,
                 nonfinite_run=s.nonfinite.run, nonfinite_total=s.nonfinite.total)
     return {k: v for k, v in row.items() if k in COLUMNS}
+
+# %% ../nbs/52_step.ipynb #moved-step-0
+from .core import moved
+
+# %% ../nbs/52_step.ipynb #moved-step
+__getattr__ = moved('step')  # old names
