@@ -264,7 +264,8 @@ def _measured(r):
 # %% ../nbs/66_card.ipynb #4e0ad210
 def _measured_on(card):
     "What a score was computed on."
-    if card.get('metric') not in ('selection', 'gates'): return 'on patches set aside'
+    if card.get('metric') not in ('selection', 'gates'):
+        return f"on {card.get('against', 'patches set aside')}"
     return 'against training patches, by a classifier trained on patches set aside'
 
 # %% ../nbs/66_card.ipynb #card-limits

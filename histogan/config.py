@@ -151,7 +151,8 @@ class Config:
             raise ValueError('heads need an encoder: give encoder, for example cnn')
         if self.d.pair and not self.data.pairs:
             raise ValueError(
-                'd.pair needs data.pairs: pair heads judge two images of a class'
+                'd.pair needs data.pairs: pair heads judge two images of a class; '
+                'add --d.no-pair to --data.no-pairs'
             )
 
     @property

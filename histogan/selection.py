@@ -364,10 +364,12 @@ class Chooser:
         classifier=None,  # a HeldOutClassifier, for selection
         reals=None,  # (x, y) or a stream of it in parts, for fd
         n: int = 500,  # samples for one question, at least
+        against: str = 'patches set aside',  # what the reals are, for the card
     ):
         if metric == 'selection' and classifier is None:
             raise ValueError('selection needs a held-out classifier')
         self.metric, self.cfg, self.classifier, self.n = metric, cfg, classifier, n
+        self.against = against
         self.state, self.real, self.y = (
             SelectionState(),
             (),
@@ -424,7 +426,8 @@ def _by_distance(self: Chooser, step, x):
     value = frechet(self.real, fake)
     self.state = newest_of_ties(self.cfg, self.state, step, value)
     best = self.best_step == step
-    return Considered(best, dict(metric='fd-random', value=value), {})
+    card = dict(metric='fd-random', value=value, against=self.against)
+    return Considered(best, card, {})
 
 # %% ../nbs/42_selection.ipynb #89ddd323-1
 @patch(as_prop=True)
@@ -489,9 +492,11 @@ def open_chooser(
     )
     if classifier is not None: return Chooser('selection', cfg, classifier, n=n)
     if metric == 'none' or len(held := data.dataset('val')) < 2: return Chooser()
-    if len(held) < n: held = data.dataset('train')
+    few = len(held) < n
+    if few: held = data.dataset('train')
     at = np.array_split(np.arange(len(held)), -(-len(held) // 64))
-    return Chooser('fd', cfg, reals=(_batch(held, i) for i in at), n=2 * n)
+    return Chooser('fd', cfg, reals=(_batch(held, i) for i in at), n=2 * n,
+                   against='training patches' if few else 'patches set aside')
 
 # %% ../nbs/42_selection.ipynb #04de3463-1
 def _batch(part, i):
