@@ -84,6 +84,7 @@ class RunConfig:
     # steps between readings of losses and guards; 0 = 1 on a CPU, 10 on CUDA; 52_step
     log_every: int = 0
     deterministic: bool = False  # the same bits again on CUDA too; slower; 44_device
+    compile: bool = False  # G and the encoder through torch.compile; 44_device
     tf32: bool = True  # convolutions of float32 on CUDA round to 10 bits; 44_device
 
     def __post_init__(self):

@@ -193,7 +193,7 @@ class Synthesis(nn.Module):
         noise=None,     # None, a torch.Generator, a list or 'zero'
     ):                  # (N, 3, R, R), at least float32
         maps = noise_maps(noise, len(zc), self.cfg.sizes, zc.device)
-        inner, colour = self.scales(ws)
+        inner, colour = _scales(self, ws)
         x, image = self.stem(zc), None
         for i, block in enumerate(self.blocks):
             x = block(x, ws[i], maps[i], inner[i])  # (N, C, r, r)
@@ -204,16 +204,14 @@ class Synthesis(nn.Module):
         image = image.to(torch.promote_types(image.dtype, torch.float32))
         return clamp_output(image, self.cfg.output_clamp, self.cfg.clamp)
 
-    def scales(
-        self,
-        ws,     # styles; (n_blocks, N, w_dim)
-    ):          # for each block those of its convolutions, of its colours; or None
-        "The scales of all layers: at once in training, else left to each layer."
-        n, skip = len(self.blocks), self.cfg.to_rgb == 'skip'
-        if not self.training or torch.compiler.is_compiling():
-            return [(None, None)] * n, [(None,)] * n
-        inner = scales_at_once([[b.conv1, b.conv2] for b in self.blocks], ws)
-        return inner, scales_at_once([[c] for c in self.to_rgb], ws) if skip else None
+# %% ../nbs/10_generator.ipynb #97c4b260
+def _scales(net, ws):
+    "By block, of convolutions and of colours: at once in training, else None."
+    n, skip = len(net.blocks), net.cfg.to_rgb == 'skip'
+    if not net.training or torch.compiler.is_compiling():
+        return [(None, None)] * n, [(None,)] * n
+    inner = scales_at_once([[b.conv1, b.conv2] for b in net.blocks], ws)
+    return inner, scales_at_once([[c] for c in net.to_rgb], ws) if skip else None
 
 # %% ../nbs/10_generator.ipynb #9bacfe9c
 class Styles(nn.Module):

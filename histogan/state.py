@@ -15,7 +15,7 @@ from torch import nn
 from .augment import AdaState
 from .checkpoint import load_part
 from .core import InputError
-from .device import set_arithmetic
+from .device import Compiled, set_arithmetic
 from .discriminator import CombinedCondDiscriminator
 from .generator import Generator
 from .guards import GateState, NonFiniteState, SaturationState
@@ -48,6 +48,7 @@ class TrainState:
     chosen: dict = field(default_factory=dict)  # its state, as it was loaded
     features: object = None  # (N, d) cached features of reals by id; not saved
     pending: list = field(default_factory=list)  # steps whose numbers nobody has read
+    fast: dict = field(default_factory=dict)  # compiled forms of G and encode; not saved
 
     @property
     def device(self):
@@ -148,8 +149,10 @@ def build(
     pair = PairTerm(len(classes), 3 + (len(encoder.map_channels) if paired else 0))
     terms = [t.to(device) for t in (RealStatsEMA(), pair, LayoutTerm(len(classes)))]
     sat = SaturationState(cfg.loss.lambda_perceptual, cfg.gate.alpha_max)
+    fast = dict(G=G, encode=encoder and encoder.encode) if cfg.run.compile else {}
+    fast = {k: Compiled(f, k) for k, f in fast.items() if f is not None}
     return TrainState(cfg, list(classes), G, D, G_ema, opt_G, opt_D, scaler, *terms,
-                      encoder, total, sat=sat)
+                      encoder, total, sat=sat, fast=fast)
 
 # %% ../nbs/52_state.ipynb #71f60d1e
 def _networks(cfg, encoder, device):

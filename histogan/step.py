@@ -112,7 +112,7 @@ def encode_batch(
         aug = apply_augmentations(x, drawn(s, draw_augmentations, len(x), *how))
     if not encode: enc = None
     elif known is not None: enc = Encoded(known, [])
-    else: enc = s.encoder.encode(aug, wants_vector(s))
+    else: enc = s.fast.get('encode', s.encoder.encode)(aug, wants_vector(s))
     return EncodedBatch(x, aug, enc, *_appearance(s, x))
 
 # %% ../nbs/52_step.ipynb #92fa69f2
@@ -145,7 +145,8 @@ def draw_fakes(
         crossover = drawn(s, draw_crossover, n, len(g.sizes), g.style_mix_prob, **on)
     noise = drawn(s, draw_noise, n, g.sizes, **on)
     with autocast(s):
-        return encode_batch(s, s.G(z, y, z_mix, noise, crossover).float(), encode)
+        x = s.fast.get('G', s.G)(z, y, z_mix, noise, crossover)
+        return encode_batch(s, x.float(), encode)
 
 # %% ../nbs/52_step.ipynb #b24bee69
 def autocast(
