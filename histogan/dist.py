@@ -400,8 +400,8 @@ def step_traffic(
     rows = s.cfg.data.batch_size // n
     mixed = 3 * s.cfg.data.image_size ** 2 if weights['mixing'] else 0
     reduced = [_graded(s.D), _graded(s.G), mixed, 2]  # floats; the vote is one int64
-    gathered = (n - 1) * 4 * (_floats_of_all(weights) + rows * _floats_of_each(s, weights))
-    return dict(gathered=gathered, reduced=sum(ring_bytes(4 * k, n) for k in reduced))
+    each = _floats_of_all(weights) + rows * _floats_of_each(s, weights)
+    return dict(gathered=round((n - 1) * 4 * each), reduced=sum(ring_bytes(4 * k, n) for k in reduced))
 
 # %% ../nbs/43_dist.ipynb #f9e70ef5
 def _graded(net):
@@ -410,8 +410,8 @@ def _graded(net):
 
 # %% ../nbs/43_dist.ipynb #c14bb598
 def _floats_of_all(w):
-    "What a process gathers once: moments of reals, of fakes; the log's eight; two terms."
-    return 6 + 8 + 6 * bool(w['stats']) + bool(w['saturation']) + bool(w['mixing'])
+    "What a process gathers once: the log's eight, moments of reals and fakes, two terms."
+    return 8 + 12 * bool(w['stats']) + bool(w['saturation']) + bool(w['mixing'])
 
 # %% ../nbs/43_dist.ipynb #79d7415e
 def _floats_of_each(s, w):

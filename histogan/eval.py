@@ -235,9 +235,10 @@ def distribution(
     "The fakes, and the comparisons of reals that they are read against."
     classes, (a, b) = list(dict.fromkeys(fake.y)), reals.halves
     if reals.reference is b: return _against_a_half(ev, fake, a, b, classes)
-    both, half = _joined(a, b, 'training reals'), counts(a, b)
+    half = counts(a, b)
     ref = _cut(reals.reference, max_real or len(reals.reference.y))
-    n = counts(fake, both)
+    n = _added(counts(a), counts(b), counts(fake))
+    both = _cut_joined(a, b, n, 'training reals')
     a, b = (
         _cut(p, {c: min(v, max_real or v) for c, v in half.items()}) for p in (a, b)
     )
@@ -268,13 +269,18 @@ def _against_a_half(ev, fake, a, b, classes):
     return _worth_showing(rows)
 
 # %% ../nbs/63_eval.ipynb #03acda8d-2
-def _joined(a, b, name):
-    "Two sets as one."
-    return Patches(
-        np.concatenate([np.asarray(a.x), np.asarray(b.x)]),
-        np.concatenate([a.y, b.y]),
-        name,
-    )
+def _cut_joined(a, b, most, name):
+    "So many of each class of two sets, in memory; the others are never read."
+    keep = at_most(np.concatenate([a.y, b.y]), most)
+    first = keep < len(a.y)
+    parts = a.take(keep[first]), b.take(keep[~first] - len(a.y))
+    x, y = (np.concatenate([np.asarray(getattr(p, k)) for p in parts]) for k in 'xy')
+    return Patches(x, y, name)
+
+# %% ../nbs/63_eval.ipynb #a508c913
+def _added(a, b, most):
+    "Of each class what two sets have together, and no more than a third."
+    return {c: min(a.get(c, 0) + b.get(c, 0), n) for c, n in most.items()}
 
 # %% ../nbs/63_eval.ipynb #03acda8d-3
 def _worth_showing(rows):
@@ -374,7 +380,8 @@ def evaluate_run(
         if s != 'cnn'
     }
     lpips = lpips_distance(alexnet, device) if alexnet else None
-    reals = in_turn(open_reals, folder, cfg, a.per_class, a.real)
+    teach = 'cnn' in specs or a.copying  # whose encoder looks for copies
+    reals = in_turn(open_reals, folder, cfg, a.per_class, a.real, teach=teach)
     clock('reals')
     ev, encoder = _evaluator(
         a, specs, opened, lpips, reals, G.classes, folder.parent / 'cache', device
@@ -427,7 +434,7 @@ def evaluate_folders(
     a = EvalArgs(str(fake), real=str(real), **options)
     specs, alexnet, left_out = choose_weights(a)
     device, (reals, drawn) = pick(a.device), folder_sets(
-        real, fake, a.size, a.max_real, a.seed
+        real, fake, a.size, a.max_real, a.seed, 'cnn' in specs
     )
     _tell(*(f'note: left out: {line}' for line in left_out), file=sys.stderr)
     opened = {
@@ -450,6 +457,7 @@ def folder_sets(
     size: int = 0,  # side; px; 0 = that of the synthetic patches
     max_real: int = 1000,  # of each class; 0 = all
     seed: int = 0,  # of choice and split
+    teach: bool = True,  # reserve half of the reals for a classifier
 ) -> tuple[Reals, Patches]:
     "Two folders as an evaluation needs them."
     (rp, ry), (fp, fy) = _files(real), _files(fake)
@@ -472,10 +480,11 @@ def folder_sets(
     reals, drawn = load(rp, ry, 'real', 4 * max_real), load(
         fp, fy, 'synthetic', max_real
     )
-    teach, (a, b) = parts_for(reals, np.arange(len(reals.y)), seed=seed)
+    units = np.arange(len(reals.y))
+    lessons, (a, b) = parts_for(reals, units, seed=seed, teach=teach)
     b = b._replace(name=f'reals of {Path(real).name}')
     return (
-        Reals(reals, [], (a, b), teach._replace(name='half of the reals'), b, b),
+        Reals(reals, [], (a, b), lessons._replace(name='half of the reals'), b, b),
         drawn,
     )
 

@@ -45,6 +45,8 @@ def kernel_distance(
     from torch_fidelity.metric_kid import kid_features_to_metric
     half = min(len(a), len(b), 2 * largest) // 2
     if half < 2: raise ValueError('a kernel distance takes at least four rows')
+    some = lambda f: f[np.random.default_rng(seed).permutation(len(f))[:subsets*largest]]
+    a, b = (some(f) if len(f) > subsets*largest else f for f in (a, b))  # all they use
     a, b = (torch.as_tensor(np.asarray(f, np.float64)) for f in (a, b))
     got = kid_features_to_metric(a, b, kid_subsets=subsets, kid_subset_size=half,
                                  rng_seed=seed, verbose=False)
@@ -52,20 +54,25 @@ def kernel_distance(
 
 # %% ../nbs/61_metrics.ipynb #49a1caae
 def radii(
-    x: torch.Tensor,  # (N, d) float64
+    x: torch.Tensor,  # (N, d)
     ks: tuple[int, ...],  # which neighbours; ≥ 1
     block: int = 1024,  # rows at a time
 ) -> list[torch.Tensor]:  # per k: (N,) squared distances
     "Squared distance from each point to its k-th neighbour in the same set."
     if len(x) <= max(ks):
         raise ValueError(f'{len(x)} points have no neighbour number {max(ks)}')
-    near = torch.cat(
-        [
-            squared_distances(rows, x).topk(max(ks) + 1, largest=False).values
-            for rows in x.split(block)
-        ]
-    )
+    near = torch.cat([_nearest(rows, x, max(ks) + 1, block) for rows in x.split(block)])
     return [near[:, k] for k in ks]  # column 0 is the point itself
+
+# %% ../nbs/61_metrics.ipynb #06bc4cac
+def _nearest(rows, x, k, block):
+    "The k smallest squared distances of each row to x, ascending, block by block."
+    best = None
+    for part in x.split(block):
+        d = squared_distances(rows.double(), part.double())
+        d = d if best is None else torch.cat([best, d], 1)
+        best = d.topk(min(k, d.shape[1]), largest=False).values
+    return best
 
 # %% ../nbs/61_metrics.ipynb #fb5af14f
 def manifold_metrics(
@@ -76,7 +83,7 @@ def manifold_metrics(
     block: int = 1024,  # rows at a time
 ) -> dict[str, float]:  # precision, recall, density, coverage, …
     "What share of each set lies within the other, and how far away the rest is."
-    f, r = (torch.as_tensor(np.asarray(x)).double() for x in (fake, real))
+    f, r = (torch.as_tensor(np.asarray(x)) for x in (fake, real))
     one, ball, wide = radii(r, (1, k, k_density), block)
     ball_fake, = radii(f, (k,), block)
     found = _within(f, r, ball, wide, ball_fake, block)
@@ -88,24 +95,26 @@ def manifold_metrics(
 
 # %% ../nbs/61_metrics.ipynb #5edb9d76
 def _within(f, r, ball, wide, ball_fake, block):
-    "One pass over the reals."
+    "One pass over the pairs of blocks; of each only what is counted stays."
     inside, count = torch.zeros(len(f), dtype=bool), torch.zeros(len(f))
-    recalled, covered, nearest = [], [], []
-    for rows, r1, r2 in zip(r.split(block), ball.split(block), wide.split(block)):
-        dist = squared_distances(rows, f)  # (rows, N)
-        inside |= (dist <= r1[:, None]).any(0)
-        within = dist <= r2[:, None]
-        count += within.sum(0)
-        covered.append(within.any(1))
-        recalled.append((dist <= ball_fake).any(1))
-        nearest.append(dist.amin(1))
-    share = lambda bits: float(torch.cat(bits).double().mean())
+    recalled, covered = (torch.zeros(len(r), dtype=bool) for _ in range(2))
+    nearest = torch.full((len(r),), torch.inf, dtype=torch.float64)
+    for i in torch.arange(len(r)).split(block):
+        for j in torch.arange(len(f)).split(block):
+            dist = squared_distances(r[i].double(), f[j].double())
+            within = dist <= wide[i, None]
+            inside[j] |= (dist <= ball[i, None]).any(0)
+            count[j] += within.sum(0)
+            covered[i] |= within.any(1)
+            recalled[i] |= (dist <= ball_fake[j]).any(1)
+            nearest[i] = torch.minimum(nearest[i], dist.amin(1))
+    share = lambda bits: float(bits.double().mean())
     return dict(
-        precision=share([inside]),
+        precision=share(inside),
         recall=share(recalled),
         density=float(count.double().mean()),
         coverage=share(covered),
-        nearest=torch.cat(nearest),
+        nearest=nearest,
     )
 
 # %% ../nbs/61_metrics.ipynb #410bc27b

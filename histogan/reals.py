@@ -94,8 +94,9 @@ def split_of(
         ), np.empty(0)
     y = np.array(data.classes)[part.labels]
     keep = at_most(y, per_class) if per_class else np.arange(len(part))
-    x = Lazy(part, keep)
-    if len(keep) * data.cfg.image_size**2 * 3 <= 2**31: x = np.asarray(x)
+    x = Lazy(part, keep)  # of an array or a mapped file: read when needed
+    few = len(keep) * data.cfg.image_size**2 * 3 <= 2**31
+    if data.images is None and few: x = np.asarray(x)
     return (
         Patches(x, y[keep], split),
         data.manifest.loc[part.ids[keep], 'unit'].to_numpy(),
@@ -108,6 +109,7 @@ def open_reals(
     per_class: int = 200,  # of each class in each phantom set
     real: str = '',  # folder of reals kept from training
     seed: int = 1009,  # of the split
+    teach: bool = True,  # reserve half of the training reals for a classifier
 ) -> Reals:
     "Everything real, from what the run wrote down."
     if cfg.is_phantom: phantom_root(replace(cfg, out=str(folder)))
@@ -125,10 +127,10 @@ def open_reals(
         else None
     )
     reference = _reference(given, test, fresh, val)
-    teach, halves = parts_for(train, units, fresh and fresh[0], seed)
+    lessons, halves = parts_for(train, units, fresh and fresh[0], seed, teach)
     if not given and len(reference.y) < LEAST <= len(halves[1].y):
         halves, reference = _few_aside(halves)
-    return Reals(train, data.dataset('train').paths, halves, teach, reference,
+    return Reals(train, data.dataset('train').paths, halves, lessons, reference,
                  held_out([val, test, reference]))
 
 # %% ../nbs/62_reals.ipynb #e5000ff4-1
@@ -155,10 +157,11 @@ def parts_for(
     units: np.ndarray,  # (N,) group of each
     fresh: Patches | None = None,  # other patches for the classifier
     seed: int = 1009,  # of the split
+    teach: bool = True,  # a classifier is wanted; False: the halves are all there is
 ) -> tuple[Patches, tuple[Patches, Patches]]:  # for the classifier, and two halves
     "Patches to teach a classifier, and two halves for the real-vs-real baseline."
     few = min(counts(reals).values())
-    own = fresh is None and few >= 4 * FEWEST and len(set(reals.y)) > 1
+    own = teach and fresh is None and few >= 4 * FEWEST and len(set(reals.y)) > 1
     if few >= 2:
         part, torn = split_by_group(
             reals.y, units, (0.5, 0.25, 0.25) if own else (0, 0.5, 0.5), seed
@@ -170,12 +173,12 @@ def parts_for(
         if torn
         else ''
     )
-    teach = (
+    lessons = (
         fresh
         if fresh is not None
         else reals.take(part == 0, f'half of the training groups{note}')
     )
-    return teach, (reals.take(part == 1), reals.take(part == 2))
+    return lessons, (reals.take(part == 1), reals.take(part == 2))
 
 # %% ../nbs/62_reals.ipynb #e5397684-1
 def held_out(

@@ -23,7 +23,8 @@ from .augment import apply_augmentations, d4, draw_augmentations, draw_d4
 from .augment import real_accuracy
 from .data import to_float
 from .discriminator import joint, norms_once
-from .dist import average, gather_batch, local_rows, world
+from .dist import average, batch_moments, batch_strength, batch_variance
+from .dist import gather_batch, local_rows, of_all, world
 from .encoder import Encoded
 from .generator import draw_crossover, draw_noise
 from .guards import GateObs, NonFiniteObs, SaturationObs, ema_beta_at
@@ -33,7 +34,7 @@ from .losses import d_adversarial, d_weights, distances_of, drift
 from .losses import feature_matching
 from .losses import g_adversarial, g_weights, layouts, mixing_reg, perceptual
 from .losses import pool8, r1_due, r1_penalty, r2_due
-from .losses import saturation, weighted_sum
+from .losses import saturation, unit_range, weighted_sum
 
 # %% ../nbs/52_step.ipynb #f93e5ef0
 def reseed(
@@ -323,23 +324,28 @@ def g_terms(
 ) -> dict:  # name -> unweighted 0-d term, for the weights that are not 0
     "Every term of G's objective."
     w, c = weights_of_g(s), s.cfg.loss
-    joint_terms = any(w[k] for k in ('stats', 'saturation', 'mixing'))
-    batch = whole_batch(s, fakes.x) if joint_terms else None  # no means over images
     fake = s.D(fakes.aug, y, s.gate.alpha, fakes.encoded)
     look_at_reals = c.adversarial == 'relativistic' or w['feature_matching']
     with torch.no_grad():
         real = s.D(reals.aug, y, s.gate.alpha, reals.encoded) if look_at_reals else fake
     terms = dict(adv=over_heads(g_adversarial(c), fake, real))
-    if w['stats']: terms['stats'] = s.stats.penalty(batch)
+    if w['stats']: terms['stats'] = s.stats.penalty(of_all(fakes.x, _moments))
     if w['perceptual']:
         terms['perceptual'] = perceptual(fakes.encoded.vector, reals.encoded.vector)
-    if w['saturation']: terms['saturation'] = saturation(batch, c.saturation_limit)
+    if w['saturation']:
+        strength = of_all(fakes.x, batch_strength)
+        terms['saturation'] = saturation(strength, c.saturation_limit)
     if w['feature_matching']:
         terms['feature_matching'] = feature_matching(fake.feat, real.feat)
-    if w['mixing']: terms['mixing'] = mixing_reg(batch, c.mixing_target)
+    if w['mixing']:
+        variance = of_all(fakes.x, batch_variance)
+        terms['mixing'] = mixing_reg(variance, c.mixing_target)
     if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
     if w['layout']: terms['layout'] = s.layout.penalty(fakes.layout, y)
     return terms
+
+# %% ../nbs/52_step.ipynb #5f7b3b5e
+def _moments(x): return batch_moments(unit_range(x))
 
 # %% ../nbs/52_step.ipynb #d6a239b2
 def weights_of_g(
@@ -387,7 +393,7 @@ def after_d(
 ):
     "Moments of the reals, distances of their pairs, ADA."
     if d.finite is False: return
-    if s.cfg.loss.lambda_stats: s.stats.update(whole_batch(s, reals.x), d.finite)
+    if s.cfg.loss.lambda_stats: s.stats.update(of_all(reals.x, _moments), d.finite)
     if s.cfg.loss.pair_weight:
         far = gather_batch(distances(reals))
         s.pair.update(far, whole_batch(s, y), d.finite)

@@ -30,6 +30,8 @@ from .dist import lost_peer, on_first, processes, rank, world
 from .encoder import check_encoder, encoder_hashes, load_encoder
 from .encoder import real_features
 from .guards import steps_differ
+from .dist import step_traffic
+from .step import weights_of_g
 from .log import RunLog, draw_grid, note_down, opening_line, plot_curves
 from .log import sample
 from .phantom import PHANTOM_VERSION, make_phantom
@@ -540,6 +542,8 @@ def dry_run(
         on_gpu = s.device.type == 'cuda'
         if on_gpu: torch.cuda.synchronize()
         each = max(gather((time.perf_counter() - started) / n))
+        shared = world() if world() > 1 else 8  # alone: what eight would send
+        sent = step_traffic(s, weights_of_g(s), shared)
     memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(
@@ -557,6 +561,8 @@ def dry_run(
         seconds_per_step=round(each, 3),
         images_per_second=round(cfg.data.batch_size / each, 1),
         hours=round(each * s.total / 3600, 2),
+        mb_received_per_step=round(sum(sent.values()) / 1e6, 3),
+        processes_that_share_a_step=shared,
     )
 
 # %% ../nbs/54_train.ipynb #93b60ff3

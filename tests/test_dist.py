@@ -1,5 +1,6 @@
 "Several processes compute the run of one: under torchrun, with one killed, with another number of them."
 import json, os, re, signal, socket, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,29 @@ def test_a_process_that_never_comes_is_given_up(rank):
 def test_a_process_that_is_lost_or_stands_still_is_one_line(kind, words):
     codes, lines, took = meet(range(2), 2, hours=5/3600, kind=kind)
     assert codes[0] == 1 and took < 40 and [l for l in lines[0] if words in l] == lines[0], lines
+
+def exchange(world):
+    "What two processes count in a step, and what is predicted from sizes."
+    import histogan.step as st
+    from histogan.config import parse_args
+    from histogan.dist import forked, processes, step_traffic, traffic
+    def work():
+        torch.set_num_threads(1)
+        cfg = parse_args([*TINY, *ALL_ON, '--loss.layout-weight', '1', '--gate.alpha-freeze-until', '0']).config
+        with processes():
+            from histogan.encoder import load_encoder
+            s = st.build(cfg, list('abcdefghi'), load_encoder(cfg.encoder), 10)
+            s.gate = replace(s.gate, alpha=.1)
+            n = cfg.data.batch_size//world
+            x, y = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8), torch.arange(n)//2
+            st.train_step(s, x, y)
+            with traffic() as seen: st.train_step(s, x, y)
+            return seen, step_traffic(s, st.weights_of_g(s), world)
+    return forked(world, work)
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_the_volume_of_a_step_is_the_predicted_one(world):
+    "To the byte where statistics are gathered; of what is reduced the log's numbers alone are not predicted."
+    for seen, told in exchange(world):
+        assert seen['gathered'] == told['gathered'] and 0 <= seen['reduced'] - told['reduced'] < 8*64, (seen, told)
+        assert told['gathered'] < (world - 1)*8//world*3*16*16*4  # less than one image of 16 px for each of a process's

@@ -272,3 +272,59 @@ def test_folders_without_classes_and_without_a_run(tmp_path, capsys):
     with pytest.raises(InputError, match='6 in each set are needed'): evaluate_folders(tmp_path/'real', tmp_path/'other', lpips='no', extractors=('random:0',))
     with pytest.raises(InputError, match='nowhere'): evaluate_folders(tmp_path/'nowhere', tmp_path/'fake')
     with pytest.raises(InputError, match='two classes'): evaluate_folders(tmp_path/'real', tmp_path/'fake', lpips='no', extractors=('cnn',))
+
+# ---- large sets
+
+def test_a_classifier_that_is_not_asked_for_reserves_nothing():
+    from histogan.features import Patches
+    from histogan.reals import parts_for
+    y = np.repeat(['A', 'B'], 64); p = Patches(np.zeros((128, 8, 8, 3), np.uint8), y, 'reals')
+    sizes = lambda **kw: [len(q.y) for q in (lambda t, h: (t, *h))(*parts_for(p, np.arange(128), **kw))]
+    assert sizes() == [64, 32, 32] and sizes(teach=False) == [0, 64, 64]
+
+@pytest.mark.parametrize('ways', [dict(extractors=('random:0',)), dict(extractors=('random:0', 'cnn'))])
+def test_folders_are_compared_with_all_reals_unless_cnn_is_asked_for(ways, tmp_path):
+    from PIL import Image
+    from histogan.eval import evaluate_folders
+    rng = np.random.default_rng(0)
+    for name, n in (('real', 64), ('fake', 64)):
+        for c in 'AB':
+            (tmp_path/name/c).mkdir(parents=True)
+            for k in range(n): Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path/name/c/f'{k}.png')
+    df = evaluate_folders(tmp_path/'real', tmp_path/'fake', lpips='no', pairs=5, device='cpu', **ways)
+    n = df[(df.metric == 'FD-random-0') & (df.scope == 'all classes')].n_ref
+    assert set(n) == ({32} if 'cnn' in ways['extractors'] else {64}), set(n)
+
+def test_neighbours_are_exact_whatever_the_blocks():
+    "Against brute force in double precision; copies, and far from the origin, where single precision is coarse."
+    from histogan.copying import nearest
+    rng = np.random.default_rng(0)
+    known = (1000 + rng.normal(size=(700, 24))).astype(np.float32)
+    queries = [(1000 + rng.normal(size=(40, 24))).astype(np.float32) for _ in range(8)]
+    queries[3][:5] = known[[3, 99, 500, 699, 0]]
+    d = np.stack([np.linalg.norm(q[:, None].astype(float) - known[None].astype(float), axis=2) for q in queries])
+    order = np.argsort(d.min(0), 1)[:, :21]
+    for size in (13, 64, 700):
+        dist, rows, pose = nearest(queries, [known[k:k + size] for k in range(0, 700, size)], 21)
+        assert (rows == order).all() and (pose == d.argmin(0)[np.arange(40), order[:, 0]]).all()
+        np.testing.assert_allclose(dist, np.take_along_axis(d.min(0), order, 1), rtol=1e-9, atol=1e-9)
+    assert (dist[:5, 0] == 0).all() and (pose[:5] == 3).all()
+
+def test_statistics_of_blocks_are_those_of_the_whole(monkeypatch):
+    import histogan.selection as sel
+    from histogan.metrics import manifold_metrics
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=(n, 12)).astype(np.float32) * s for n, s in ((300, 1), (260, 1.3)))
+    whole = sel.frechet(a, b), manifold_metrics(a, b)
+    monkeypatch.setattr(sel, 'ROWS', 37)
+    parts = sel.frechet(a, b), manifold_metrics(a, b, block=41)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-9)
+    for k, v in whole[1].items(): np.testing.assert_allclose(parts[1][k], v, rtol=1e-9, err_msg=k)
+
+def test_a_distance_takes_a_large_set_once():
+    "Memory beyond the features themselves: blocks, not a second copy."
+    import tracemalloc
+    from histogan.selection import frechet
+    a, b = (np.random.default_rng(k).random((60_000, 32), np.float32) for k in range(2))
+    tracemalloc.start(); frechet(a, b); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < a.nbytes + b.nbytes, peak

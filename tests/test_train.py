@@ -191,6 +191,7 @@ def test_help_and_dry_run(patches, tmp_path):
     shown = run_cli(['histogan.train', '--help'])
     assert shown.rc == 0 and '--gate.acc-gate-hi' in shown.out and 'ACC_GATE_HI' in shown.out
     timed = train('--data.root', patches, '--out', tmp_path/'run', '--dry-run')
+    assert 'mb_received_per_step' in timed.out and 'processes_that_share_a_step: 8' in timed.out
     assert timed.rc == 0 and 'seconds_per_step' in timed.out and not (tmp_path/'run').exists(), timed.err
 
 def test_the_dial_says_what_it_chose_and_what_that_costs(patches, tmp_path):
