@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN_STYLES', 'RunLog', 'records', 'continue_events', 'continue_table', 'open_board', 'board_row', 'sample',
-           'label_font', 'drawable', 'grid_image', 'tile_of', 'draw_grid', 'note_down', 'opening_line', 'tick',
-           'record_events', 'style_dimensions', 'panels', 'plot_curves', 'mark_events']
+           'label_font', 'drawable', 'grid_image', 'tile_of', 'first_reals', 'draw_grid', 'note_down', 'opening_line',
+           'tick', 'record_events', 'style_dimensions', 'panels', 'plot_curves', 'mark_events']
 
 # %% ../nbs/53_log.ipynb #4271bcb9
 import contextlib, csv, json, math, os, time
@@ -205,21 +205,31 @@ def drawable(
     ok = lambda name: all(ord(c) in _letters() for c in name)
     return [c if ok(c) else f'class {i}' for i, c in enumerate(names)]
 
+# %% ../nbs/53_log.ipynb #6196b4f9
+def _sheet(x, n) -> Image.Image:
+    "Images in n rows, side by side."
+    k, R = len(x) // n, x.shape[-1]
+    tiles = to_uint8(x).cpu().reshape(n, k, 3, R, R).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(tiles.reshape(n * R, k * R, 3).numpy())
+
 # %% ../nbs/53_log.ipynb #a130804e
 def grid_image(
     x: torch.Tensor,  # (classes × k, 3, R, R) in [-1, 1], class by class
     classes: list[str],  # names, one per row
-) -> Image.Image:  # its info['grid'] says where the tiles are
+    reals: torch.Tensor | None = None,  # the same of reals, drawn at the right
+) -> Image.Image:  # its info['grid'] says where the tiles of x are
     "Rows of images with the class drawn at the left."
-    k, R, n = len(x) // len(classes), x.shape[-1], len(classes)
-    tiles = to_uint8(x).cpu().reshape(n, k, 3, R, R).permute(0, 3, 1, 4, 2)
-    font, names = label_font(max(10, R // 5)), drawable(classes)
+    R, n, font = x.shape[-1], len(classes), label_font(max(10, x.shape[-1] // 5))
+    names = drawable(classes)
     left = int(max(font.getlength(c) for c in names)) + 8
-    page = Image.new('RGB', (left + k * R, n * R), 'white')
-    page.paste(Image.fromarray(tiles.reshape(n * R, k * R, 3).numpy()), (left, 0))
+    sheets = [_sheet(v, n) for v in (x, reals) if v is not None]
+    gap = R // 4 * (len(sheets) - 1)
+    page = Image.new('RGB', (left + sum(s.width for s in sheets) + gap, n * R), 'white')
+    page.paste(sheets[0], (left, 0))
+    page.paste(sheets[-1], (page.width - sheets[-1].width, 0))
     for i, c in enumerate(names):
         ImageDraw.Draw(page).text((4, i * R + R // 2), c, 'black', font, 'lm')
-    page.info['grid'] = json.dumps(dict(left=left, size=R, columns=k, rows=n))
+    page.info['grid'] = json.dumps(dict(left=left, size=R, columns=len(x) // n, rows=n))
     return page
 
 # %% ../nbs/53_log.ipynb #6b835e30
@@ -233,16 +243,28 @@ def tile_of(
     x, y, R = at['left'] + column * at['size'], row * at['size'], at['size']
     return page.crop((x, y, x + R, y + R))
 
+# %% ../nbs/53_log.ipynb #2adbec2d
+def first_reals(
+    data,  # what open_data gave
+    k: int,  # of each class; repeated where there are fewer
+) -> torch.Tensor:  # (classes × k, 3, R, R) in [-1, 1], class by class
+    "The first training patches of each class: always the same."
+    part = data.dataset('train')
+    of = [np.flatnonzero(part.labels == c) for c in range(len(data.classes))]
+    return part[np.concatenate([np.resize(at, k) for at in of])][0].float() / 127.5 - 1
+
 # %% ../nbs/53_log.ipynb #ad99fe89
 def draw_grid(
     s: TrainState,  # read only
     folder: Path,  # of the run
     log: RunLog | None = None,  # shows the grid in TensorBoard
     k: int = 8,  # images per class
+    data=None,  # OpenData: half as many of its reals stand at the right
 ) -> Path:  # the picture
-    "Samples of the EMA generator: one row per class."
+    "Samples of the EMA generator, one row per class, beside reals of the class."
     y = torch.arange(len(s.classes)).repeat_interleave(k)
-    image = grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes)
+    reals = data and first_reals(data, k // 2)
+    image = grid_image(sample(s.G_ema, y, seed=s.cfg.run.seed), s.classes, reals)
     if log and log.board:
         log.board.add_image('samples', np.array(image), s.step, dataformats='HWC')
     where = PngInfo()

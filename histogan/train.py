@@ -456,7 +456,7 @@ def loop(
                 if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
             leave = any_rank(bool(heard) or time.monotonic() > deadline)
             due = save_due and not s.nonfinite.run  # a good one
-            if draw_due: on_first(draw_grid, s, folder, log)
+            if draw_due: on_first(draw_grid, s, folder, log, data=data)
             if last or due or leave:
                 on_first(save, s, folder, data, log, choose=last or due)
             if leave and not last:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from histogan.ablate import D_WIDTH, put, recipe
+from histogan.ablate import D_WIDTH, override, recipe
 from histogan.config import modern
 from histogan.step import draw_fakes, prepare_batch, train_step
 from histogan.train import batches, open_run
@@ -40,11 +40,11 @@ def main():
     ap.add_argument('--steps', type=int, default=1200)
     ap.add_argument('--out', default='gate_trace.csv')
     a = ap.parse_args()
-    base = put(modern(32), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
+    base = override(modern(32), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
     rows = []
     with tempfile.TemporaryDirectory() as d:
         for k, (name, changes) in enumerate(RUNS.items()):
-            rows += [dict(run=name) | {k: v if k == 'step' else f'{v:.4g}' for k, v in r.items()} for r in trace(put(recipe(base), changes | {'out': str(Path(d)/str(k))}))]
+            rows += [dict(run=name) | {k: v if k == 'step' else f'{v:.4g}' for k, v in r.items()} for r in trace(override(recipe(base), changes | {'out': str(Path(d)/str(k))}))]
             print(name, rows[-1], flush=True)
     with open(a.out, 'w', newline='') as f:
         w = csv.DictWriter(f, rows[0], lineterminator='\n')
