@@ -231,6 +231,13 @@ def prepared(x, size, mean, std):
     x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
     return ((x + 1) / 2 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
+def test_every_line_of_the_table_is_one_of_these():
+    text = (ROOT/'nbs'/'23_pretrained.ipynb').read_text(encoding='utf-8')
+    rows = [line for line in json.loads(text)['cells'] if '| encoder | licence |' in ''.join(line['source'])]
+    names = [r.split('|')[1].strip(' *').split(' (')[0].strip('* ') for r in ''.join(rows[0]['source']).split('\n') if r.startswith('|')][2:]
+    here = [*LAYOUTS, 'Hibou-B', 'Midnight-12k', 'Phikon-v2', 'CONCH', 'Lunit DINO', 'PathoDuet', 'EfficientNet-Lite0']
+    assert sorted(n.strip() for name in names for n in name.split(',')) == sorted(here)
+
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_a_timm_folder_gives_what_the_model_card_gives(tmp_path, name):
     import timm
@@ -278,16 +285,54 @@ def test_a_transformers_folder_gives_what_the_same_network_of_timm_gives(tmp_pat
     with pytest.raises(InputError, match='says nothing of mean and std'): load_encoder(f'timm:{where}')
     assert load_encoder(f'timm:{where}@norm=half').mean == (.5,) * 3
 
+class Pooler(torch.nn.Module):
+    "CONCH's pooling, with torch's own attention, sequence first."
+    def __init__(self, dim, width):
+        super().__init__()
+        self.query = torch.nn.Parameter(torch.zeros(1, dim))
+        self.attn = torch.nn.MultiheadAttention(dim, 8, kdim=width, vdim=width)
+        self.ln_q, self.ln_k = torch.nn.LayerNorm(dim), torch.nn.LayerNorm(width)
+    def forward(self, tokens):
+        k = self.ln_k(tokens).transpose(0, 1)
+        return self.attn(self.ln_q(self.query)[:, None].expand(-1, k.shape[1], -1), k, k, need_weights=False)[0][0]
+
+def test_conch_gives_what_its_three_parts_give(tmp_path):
+    import timm
+    trunk = sane(timm.models.VisionTransformer(img_size=448, patch_size=16, embed_dim=768, num_heads=12, **ONE))
+    pooler, norm = sane(Pooler(512, 768), 1), sane(torch.nn.LayerNorm(512), 2)
+    parts = {'visual.trunk.': trunk, 'visual.attn_pool_contrast.': pooler, 'visual.ln_contrast.': norm, 'visual.attn_pool_caption.': Pooler(768, 768)}
+    state = {p + k: v for p, m in parts.items() for k, v in m.state_dict().items()}
+    state |= {'visual.proj_contrast': torch.ones(512, 512), 'logit_scale': torch.ones([]), 'text.token_embedding.weight': torch.ones(7, 768)}
+    torch.save(state, tmp_path/'pytorch_model.bin')
+    (tmp_path/'README.md').write_text('---\nlicense: cc-by-nc-nd-4.0\n---\n')
+    encoder = load_encoder(f'timm:{tmp_path}', kept=tmp_path/'kept.safetensors')
+    assert (encoder.size, encoder.dim, encoder.map_channels, encoder.licence) == (448, 512, (768,) * len(encoder.map_channels), 'cc-by-nc-nd-4.0')
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fed = prepared(x, 448, (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))
+    with torch.no_grad():
+        want = norm(pooler(trunk.forward_features(fed)))
+        assert_close(encoder(x), want, atol=1e-4, rtol=1e-3)
+        assert want.std() > .05 and relative(norm(pooler(trunk.forward_features(-fed))), want) > .01
+    (tmp_path/'pytorch_model.bin').rename(tmp_path/'away')
+    assert_close(load_encoder(f'timm:{tmp_path}', kept=tmp_path/'kept.safetensors')(x), want, atol=1e-4, rtol=1e-3)
+    del state['visual.attn_pool_contrast.query']
+    torch.save(state, tmp_path/'pytorch_model.bin')
+    with pytest.raises(InputError, match='does not pool as CONCH does') as e: load_encoder(f'timm:{tmp_path}')
+    assert '\n' not in str(e.value)
+    with pytest.raises(InputError, match='holds a vision-language model'): load_encoder(f'timm:vit_base_patch16_224:{tmp_path/"pytorch_model.bin"}')
+
 def test_a_bare_file_needs_a_normalisation(tmp_path):
     import timm
-    theirs = sane(timm.create_model('vit_small_patch16_224', num_classes=0, depth=2))
+    theirs = sane(timm.create_model('vit_small_patch16_224', num_classes=0))
     torch.save(theirs.state_dict(), tmp_path/'lunit.pth')
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    lunit = load_encoder(f'timm:vit_small_patch16_224:{tmp_path/"lunit.pth"}@norm=lunit')
+    with torch.no_grad(): assert_close(lunit(x), theirs(prepared(x, 224, lunit.mean, lunit.std)), atol=1e-3, rtol=1e-3)
     model = timm.create_model('vit_tiny_patch16_224', num_classes=0).eval()
     torch.save(model.state_dict(), tmp_path/'tiny.pth')
     spec = f'timm:vit_tiny_patch16_224:{tmp_path/"tiny.pth"}'
     with pytest.raises(InputError, match='says nothing of mean and std') as e: load_encoder(spec)
     assert '\n' not in str(e.value) and '@norm=' in str(e.value)
-    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     lunit = load_encoder(f'{spec}@norm=lunit')
     with torch.no_grad(): assert_close(lunit(x), model(prepared(x, 224, lunit.mean, lunit.std)), atol=1e-4, rtol=1e-3)
     tagged = load_encoder(f'timm:vit_tiny_patch16_224.augreg_in21k:{tmp_path/"tiny.pth"}')
