@@ -1,5 +1,5 @@
 "What the tests of the project share."
-import os, subprocess, sys, tempfile
+import os, random, socket, subprocess, sys, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,15 @@ def run_python(args, cwd=None, env=None, timeout=600):
         done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or scratch, env=env, timeout=timeout,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8', errors='replace')
     return Run(done.returncode, done.stdout, done.stderr)
+
+def free_port():
+    "A port that is free and stays so: not one of those that a system gives to connections that go out."
+    for port in random.SystemRandom().sample(range(20000, 32000), 200):
+        with socket.socket() as s:
+            try: s.bind(('127.0.0.1', port))
+            except OSError: continue
+            return port
+    raise OSError('no free port')
 
 def run_cli(args, **kw):
     "Run `python -m MODULE OPTION…`: `run_cli(['histogan.train', '--help'])`; keywords as for `run_python`."

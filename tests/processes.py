@@ -1,9 +1,9 @@
 "Programs of this project as real processes that start in no time: a server imports torch and histogan once, and forks."
-import importlib, multiprocessing, os, socket, sys, time
+import importlib, multiprocessing, os, sys, time
 from multiprocessing import forkserver
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 ENV = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'NO_COLOR': '1'}
 
@@ -45,7 +45,7 @@ class Program:
         self.process = server().Process(target=work, args=(module, list(map(str, argv)), str(log), env, before))
         self.process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=600):
         "Its exit code; -9 when it was killed."
         self.process.join(timeout)
         assert self.process.exitcode is not None, f'still running: {self.said}'
@@ -57,7 +57,7 @@ class Program:
     @property
     def running(self): return self.process.exitcode is None
 
-def until(condition, program=None, timeout=60, every=0.002):
+def until(condition, program=None, timeout=300, every=0.002):
     "Wait for a condition, or the end of a program; the condition's last value."
     deadline = time.monotonic() + timeout
     while not (value := condition()) and time.monotonic() < deadline and (program is None or program.running): time.sleep(every)
@@ -65,8 +65,5 @@ def until(condition, program=None, timeout=60, every=0.002):
 
 def together(n, argv, log, **kw):
     "The same program in n processes that see each other as under torchrun."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    env = dict(WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
     return [Program(argv, f'{log}.{k}', env={a: str(b) for a, b in (env | dict(RANK=k, LOCAL_RANK=k)).items()}, **kw) for k in range(n)]

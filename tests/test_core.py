@@ -152,7 +152,7 @@ if sys.argv[2] != '0':
 try:
     with core.lock(sys.argv[1], '--out x: {who} is at work'):
         print('held', flush=True)
-        time.sleep(60)
+        time.sleep(900)  # it is killed before
 except core.InputError as e: print(e, flush=True)
 '''
 
@@ -193,7 +193,9 @@ from histogan.process import interruption, run_program
 def loop(argv=None):
     with interruption() as heard:
         print('ready', flush=True)
-        for _ in range(60): time.sleep(.1)  # never looks at `heard`
+        while not heard: time.sleep(.01)
+        print('heard', flush=True)
+        for _ in range(600): time.sleep(.1)  # goes on all the same
 if sys.argv[1] == 'library':
     try: loop()
     except KeyboardInterrupt: print('alive', flush=True)
@@ -206,10 +208,9 @@ def test_two_interrupts_end_a_command_and_spare_a_kernel(kind, code):
     p = start(LOOP, kind)
     assert p.stdout.readline() == 'ready\n'
     p.send_signal(signal.SIGINT)
-    time.sleep(.4)
-    assert p.poll() is None
+    assert p.stdout.readline() == 'heard\n' and p.poll() is None
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=20)
+    out, err = p.communicate(timeout=50)  # less than it would go on for
     assert p.returncode == code and 'Traceback' not in err
     assert out == ('alive\n' if kind == 'library' else ''), out
 

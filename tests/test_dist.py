@@ -1,5 +1,5 @@
 "Several processes compute the run of one: under torchrun, with one killed, with another number of them."
-import json, os, re, signal, socket, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT, run_python
+from conftest import ROOT, free_port, run_python
 from histogan.checkpoint import checkpoints, load_checkpoint
 from processes import Program, together, until
 
@@ -129,12 +129,9 @@ def body(argv):
 sys.exit(run_program(body, where=f'process {dist.rank()}' if dist.rank() else '', known=dist.elsewhere))
 '''
 
-def meet(ranks, world, gpus=9, minutes=1, hours=1, kind='works', limit=60):
+def meet(ranks, world, gpus=9, minutes=10, hours=1, kind='works', limit=500):
     "Exit codes and words of processes that are started by hand, as without torchrun, and the seconds they took."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     started, since = [], time.monotonic()
     for r in ranks:
         args = [sys.executable, '-c', MEETS, *map(str, (gpus, minutes, hours, kind))]
@@ -153,19 +150,19 @@ def test_processes_started_by_hand_meet():
 def test_more_processes_than_gpus_end_all_at_once():
     "Outside torchrun nobody ends the first process when another leaves."
     codes, lines, took = meet(range(3), 3, gpus=2)
-    assert codes == [2, 2, 2] and took < 40, (codes, took, lines)
+    assert codes == [2, 2, 2] and took < 400, (codes, took, lines)  # far below the ten minutes that they would wait
     assert lines[0] == ['error: process 2 cannot take part: --nproc_per_node: process 2 of this machine finds only 2 GPU; start at most one process for each'], lines
     assert lines[1] == [] and lines[2][0].startswith('[process 2] error: --nproc_per_node: process 2'), lines
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_a_process_that_never_comes_is_given_up(rank):
     codes, lines, took = meet([rank], 2, minutes=.05)
-    assert codes == [2] and took < 40 and len(lines[0]) == 1 and '2 processes did not meet at 127.0.0.1:' in lines[0][0], lines
+    assert codes == [2] and took < 400 and len(lines[0]) == 1 and '2 processes did not meet at 127.0.0.1:' in lines[0][0], lines
 
 @pytest.mark.parametrize('kind, words', [('killed', 'another process has ended'), ('stopped', 'another process does not answer')])
 def test_a_process_that_is_lost_or_stands_still_is_one_line(kind, words):
-    codes, lines, took = meet(range(2), 2, hours=5/3600, kind=kind)
-    assert codes[0] == 1 and took < 40 and [l for l in lines[0] if words in l] == lines[0], lines
+    codes, lines, took = meet(range(2), 2, hours=15/3600, kind=kind)
+    assert codes[0] == 1 and took < 400 and [l for l in lines[0] if words in l] == lines[0], lines
 
 def exchange(world):
     "What two processes count in a step, and what is predicted from sizes."

@@ -67,7 +67,7 @@ def test_sigkill_at_twenty_random_moments(base, whole):
     run, rng, met, in_save = base/'killed', random.Random(0), 0, 0
     further = rng.sample([4] * 9 + [0] * 11, 20)  # in nine of the twenty it first gets to its next checkpoint
     for k in range(20):  # the same command every time; half the moments lie in a save
-        child = start(*LONG, '--out', run, '--resume', 'auto', log=base/'killed.log', before=functools.partial(slow_run, 0.1 if k % 2 else 0.02))
+        child = start(*LONG, '--out', run, '--resume', 'auto', log=base/'killed.log', before=functools.partial(slow_run, 0.3 if k % 2 else 0.02))
         goal = newest(run) + further[k]
         until(lambda: newest(run) >= goal and ('steps' in child.said or k == 0), child)  # the first may die while it opens its data
         if k % 2: until(lambda: saving(run), child)
@@ -97,12 +97,12 @@ def test_sigterm_and_sigint_at_random_moments(base, whole):
 
 def test_a_second_signal_exits_at_once(base):
     run = base/'twice'
-    child = start(*SMOKE, '--run.steps', '2000', '--run.save-every', '2000', '--out', run, log=base/'twice.log', before=functools.partial(slow_disk, 0.5))
+    child = start(*SMOKE, '--run.steps', '2000', '--run.save-every', '2000', '--out', run, log=base/'twice.log', before=functools.partial(slow_disk, 1.5))
     until(lambda: 'steps' in child.said, child)
     child.signal(signal.SIGTERM)
     assert until(lambda: saving(run), child), child.said
     child.signal(signal.SIGTERM)
-    assert child.wait(20) == 130 and not checkpoints(run)  # in the middle of the save that the first asked for
+    assert child.wait(60) == 130 and not checkpoints(run)  # in the middle of the save that the first asked for
 
 def test_the_time_limit_saves_and_the_next_call_goes_on(base, whole):
     run = base/'limited'

@@ -260,16 +260,22 @@ def test_without_posix_modules(patches, tmp_path):
 TWICE = '''
 import os, signal, sys, threading, time
 import histogan.train as t
+from histogan import process
 from histogan.config import parse_args
 inner = t.train_step
 def slow(*args):
     if args[0].step == 2: threading.Thread(target=twice).start()
     if args[0].step >= 2: time.sleep(1.5)
     return inner(*args)
+heard, hear = threading.Event(), process._hear
+def noted(*args):
+    heard.set()
+    hear(*args)
+process._hear = noted
 def twice():
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(.4)
+    os.kill(os.getpid(), signal.SIGINT)
+    heard.wait(60)  # two that wait at once would be one
+    os.kill(os.getpid(), signal.SIGINT)
 t.train_step = slow
 try: t.train(parse_args(sys.argv[1:]).config)
 except KeyboardInterrupt: print('the kernel lives')

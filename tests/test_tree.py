@@ -1,5 +1,5 @@
 "The tree: what lies at its top, that modules and notebooks belong together, and who may import whom."
-import ast, os, re
+import ast, json, os, re
 
 import pytest
 
@@ -68,6 +68,15 @@ def drawn(graph):
         if (number := NUMBER[module])[0] != chapter: lines.append(f'chapter {(chapter := number[0])}')
         lines.append(f'  {number:<18} <- ' + (' '.join(NUMBER[o] for o in others) or 'nothing'))
     return '\n'.join(lines)
+
+def test_no_page_reads_outside_the_project():
+    "What a reader does not have must not change what a page shows."
+    outside = re.compile(r"""['"](?:\.\./|/(?:home|root|work|tmp|mnt|data)\b|shared/)""")
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type'] != 'code': continue
+            found = outside.search(''.join(cell['source']))
+            assert not found, f'{path.name}: {found.group()}'
 
 def test_the_module_graph_has_no_arrow_up():
     "No import of a later chapter, nor of a later number; `pytest -s` prints the graph."

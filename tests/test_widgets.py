@@ -3,18 +3,13 @@ import contextlib, json, os, re, shutil, socket, subprocess, sys, time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
 pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
 
 BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 @contextlib.contextmanager
 def lab(folder):
