@@ -532,6 +532,7 @@ def moved(
     home_of = lambda name: importlib.import_module(f'histogan.{name}')
     homes = table.get('*', '').split(',')
     def find(name):
+        if name[:2] == '__': raise AttributeError(name)  # Python asks while it imports
         new = table.get(name) or next((f'{home}.{name}' for home in filter(None, homes)
                                        if name in home_of(home).__all__), None)
         if not new: raise AttributeError(f'module {module!r} has no attribute {name!r}')
