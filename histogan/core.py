@@ -240,6 +240,12 @@ def _read_text(path, only):
         why = f'cannot be read as CSV ({_brief(e)}); save it again as UTF-8'
     raise InputError(f'{path}: {why}')
 
+# %% ../nbs/00_core.ipynb #3b51cc45
+def _parsed(text, **how):
+    "A text as a table, by pandas' parser."
+    import io, pandas as pd
+    return pd.read_csv(io.StringIO(text), na_filter=False, index_col=False, **how)
+
 # %% ../nbs/00_core.ipynb #c0re0038
 def _floats(column, path):
     "A column as numbers; empty is nan."

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .arrays import member_of
-from .core import InputError, read_json, warn_line, write_json, write_table
+from .core import InputError, _parsed, read_json, warn_line, write_json, write_table
 from .folders import (CLASSES, SPLITS, _label_names, added_since, classes_line,
     file_groups, is_own, mark_cache, named, own_kind, scan)
 
@@ -115,7 +115,7 @@ def _plain_table(text, sep, header, need, words) -> pd.DataFrame | None:
     kinds = {c: 'int64' if c in counts else str for c in header}
     how = dict(sep=sep, names=header, skiprows=1, dtype=kinds, quoting=csv.QUOTE_NONE)
     try:
-        df = pd.read_csv(StringIO(text), **how, na_filter=False, index_col=False)
+        df = _parsed(text, **how)
     except (ValueError, OverflowError): return None
     fields = text.count(sep) == (len(header) - 1)*(len(df) + 1)
     return df if len(df) and fields and not _has_odd_ends(text) else None
