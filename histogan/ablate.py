@@ -110,7 +110,7 @@ _PIXEL = {'d.pixel': True, 'gate.alpha_max': 0.}
 # %% ../nbs/56_ablate.ipynb #2e29bf81
 NEIGHBOURS = {
     'no-pair': Neighbour('without the pair term', {'loss.pair_weight': 0.}),
-    'pair-third': Neighbour('a third of the pair term', {'loss.pair_weight': times(1/3)}),
+    'pair-triple': Neighbour('three times the pair term', {'loss.pair_weight': times(3)}),
     'mixing': Neighbour('style mixing', {'g.use_style_mixing': True}),
     'noise': Neighbour('noise weighted for each channel', {'g.noise': 'channel'}),
     'places': Neighbour('heads that go on to 4×4', {'d.places': True}),

@@ -185,7 +185,7 @@ def modern(
         map_lr_mul=0.1, padding='replicate')
     loss = LossConfig(
         adversarial='relativistic', adv_weight=1.5, use_mixing_reg=False,
-        pair_weight=1.5, layout_weight=1.0, **dict.fromkeys(zero, 0.0))
+        pair_weight=0.5, layout_weight=1.0, **dict.fromkeys(zero, 0.0))
     optim = OptimConfig(lr_g=1e-3, lr_d=5e-4, schedule='tail', lr_final_ratio=0.1,
                         total_steps_estimate=0, warmup=50)
     run = RunConfig(best_metric='selection', d4=True, share_fakes=True, amp='auto')
