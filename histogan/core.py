@@ -558,6 +558,7 @@ def old_modules():
         module = type(sys)(f'histogan.{name}', 'Moved; see `OLD_NAMES`.')
         module.__getattr__, module.__path__ = moved(name), []
         sys.modules.setdefault(module.__name__, module)
+        setattr(sys.modules['histogan'], name, module)
 
 # %% ../nbs/00_core.ipynb #c0re0115
 __getattr__ = moved('core')
