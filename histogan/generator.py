@@ -76,8 +76,7 @@ class GeneratorConfig:
     use_style_mixing: bool = True  # USE_STYLE_MIXING: use z_mix when it is given; poc
     # STYLE_MIX_PROB: probability that an image is mixed; [0, 1]; poc
     style_mix_prob: float = 0.9
-    # learning-rate multiplier of an equalised mapping network; ≥ 0; 0: plain
-    # layers (poc); modern 0.1
+    # learning rate of the mapping network over G's; ≥ 0; 0: plain (poc); modern 0.1
     map_lr_mul: float = 0.0
     # noise weights: one per block (poc) or per channel
     noise: Literal['scalar', 'channel'] = 'scalar'
