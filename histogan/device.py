@@ -17,8 +17,8 @@ from .core import warn_line
 
 # %% ../nbs/44_device.ipynb #3ac6730f
 # relabel memory, or pass on to another operation: no work of their own
-NO_WORK = frozenset('''alias as_strided as_strided_ can_cast chunk conj contiguous detach
-    detach_ diagonal empty empty_like empty_strided expand expand_as flatten
+NO_WORK = frozenset('''alias as_strided as_strided_ can_cast chunk conj contiguous
+    detach detach_ diagonal empty empty_like empty_strided expand expand_as flatten
     is_same_size item lift_fresh movedim narrow new_empty new_empty_strided numpy_T
     permute promote_types requires_grad_ reshape resize_ resize_as_ resolve_conj
     resolve_neg result_type select set_ set_data slice split split_with_sizes squeeze
@@ -132,7 +132,8 @@ def set_arithmetic(
 NO_FIXED_ORDER = frozenset(f'aten::{k}' for k in '''_adaptive_avg_pool2d_backward
     adaptive_max_pool2d_backward avg_pool3d_backward max_pool3d_with_indices_backward
     fractional_max_pool2d_backward upsample_linear1d_backward cumsum put_ histc
-    upsample_bilinear2d_backward upsample_bicubic2d_backward upsample_trilinear3d_backward
+    upsample_bilinear2d_backward upsample_bicubic2d_backward
+    upsample_trilinear3d_backward
     _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward bincount kthvalue
     reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
     replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward

@@ -75,7 +75,7 @@ def batch_seconds(
 # %% ../nbs/03_scale.ipynb #8901ac01
 def own_peak() -> int:  # bytes
     "The peak of this process; what the system calls so begins with its parent's."
-    try: words = Path('/proc/self/status').read_text()
+    try: words = Path('/proc', 'self', 'status').read_text()
     except OSError: return peak_memory()
     return 1024*int(words.partition('VmHWM:')[2].split()[0])
 

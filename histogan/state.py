@@ -48,7 +48,8 @@ class TrainState:
     chosen: dict = field(default_factory=dict)  # its state, as it was loaded
     features: object = None  # (N, d) cached features of reals by id; not saved
     pending: list = field(default_factory=list)  # steps whose numbers nobody has read
-    fast: dict = field(default_factory=dict)  # compiled forms of G and encode; not saved
+    # compiled forms of G and encode; not saved
+    fast: dict = field(default_factory=dict)
 
     @property
     def device(self):
@@ -123,7 +124,8 @@ def in_force(
     if was('gate', 'alpha_max', top) != top: s.sat = replace(s.sat, alpha_max=top)
     now = dict(run={k: getattr(s.cfg.run, k) for k in ('best_metric', 'n_eval')},
                selection=asdict(s.cfg.selection))
-    if any(was(part, k, v) != v for part, rules in now.items() for k, v in rules.items()):
+    if any(was(part, k, v) != v
+           for part, rules in now.items() for k, v in rules.items()):
         s.chosen = {}  # scores by other rules are not compared
     return s
 
