@@ -69,11 +69,11 @@ def test_a_run_goes_on_with_another_number_of_processes(base, alone):
 def stop_at_ten():
     "One process of the two hears a signal at step 10; both must stop there."
     import histogan.train as t
-    inner = t.train_step
-    def step(s, *batch):
+    inner = t.take_step
+    def step(s, *batch, **of):
         if s.step == 9 and t.rank() == 1: os.kill(os.getpid(), signal.SIGTERM)
-        return inner(s, *batch)
-    t.train_step = step
+        return inner(s, *batch, **of)
+    t.take_step = step
 
 def test_a_batch_that_cannot_be_shared_and_a_taken_folder(base, alone):
     odd = together(3, [*RUN, '--out', base/'odd'], base/'odd.log')
@@ -94,11 +94,11 @@ def test_a_killed_worker_comes_back(base, alone):
 KILL = '''
 import os, signal, sys
 import histogan.train as t
-inner = t.train_step
-def step(s, *batch):
+inner = t.take_step
+def step(s, *batch, **of):
     if s.step == 12 and t.rank() == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)
-    return inner(s, *batch)
-t.train_step = step
+    return inner(s, *batch, **of)
+t.take_step = step
 sys.exit(t.main())
 '''
 

@@ -462,7 +462,8 @@ def test_the_audit_can_be_added_later_and_is_the_same_twice(patches, whole, tmp_
 def test_kept_vectors_of_reals_change_nothing_but_the_cost(whole, tmp_path, capsys):
     from dataclasses import replace
     from histogan.config import parse_args
-    from histogan.train import batches, open_run, train_step
+    from histogan.step import train_step
+    from histogan.train import batches, open_run
     small = ['--preset', 'poc', '--data.root', str(whole), '--data.image-size', '32', '--encoder', 'random:0', '--g.fmap-base', '16', '--g.fmap-min', '8',
              '--g.z-dim', '16', '--g.w-dim', '16', '--g.n-layers', '2', '--d.d-base-ch', '8', '--run.device', 'cpu']
     def run(name, *more, p=0.):

@@ -52,11 +52,11 @@ def slow_disk(seconds=0.1):
 def slow_run(seconds=0.02):
     "So that a moment lies where it was meant on a fast machine too."
     import histogan.train as t
-    inner = t.train_step
-    def step(*args):
+    inner = t.take_step
+    def step(*args, **of):
         time.sleep(0.03)
-        return inner(*args)
-    t.train_step = step
+        return inner(*args, **of)
+    t.take_step = step
     slow_disk(seconds)
 
 def saving(run): return [p for p in (run/'checkpoints').glob('.*.tmp')] if run.exists() else []

@@ -262,11 +262,11 @@ import os, signal, sys, threading, time
 import histogan.train as t
 from histogan import process
 from histogan.config import parse_args
-inner = t.train_step
-def slow(*args):
+inner = t.take_step
+def slow(*args, **of):
     if args[0].step == 2: threading.Thread(target=twice).start()
     if args[0].step >= 2: time.sleep(1.5)
-    return inner(*args)
+    return inner(*args, **of)
 heard, hear = threading.Event(), process._hear
 def noted(*args):
     heard.set()
@@ -276,7 +276,7 @@ def twice():
     os.kill(os.getpid(), signal.SIGINT)
     heard.wait(60)  # two that wait at once would be one
     os.kill(os.getpid(), signal.SIGINT)
-t.train_step = slow
+t.take_step = slow
 try: t.train(parse_args(sys.argv[1:]).config)
 except KeyboardInterrupt: print('the kernel lives')
 '''
