@@ -12,6 +12,7 @@ import torch
 from dataclasses import replace
 from torch import nn
 from torch.nn import functional as F
+from . import generator
 from .augment import d4, draw_d4
 from .blocks import ModulatedConv2d
 from .config import Config, PRESETS, pick_device
@@ -19,7 +20,7 @@ from .data import to_float
 from .discriminator import CombinedCondDiscriminator, Discriminator
 from .discriminator import pair_logits, projected
 from .encoder import load_encoder
-from .generator import Synthesis, draw_crossover, draw_noise
+from .generator import draw_crossover, draw_noise
 from .losses import d_adversarial, d_weights, drift, feature_matching
 from .losses import g_adversarial, layouts, mixing_reg, pair_distance
 from .losses import pair_statistics, r1_due, r1_penalty, saturation
@@ -77,7 +78,7 @@ def plainly():
     "For the length of a block, networks compute as in the papers."
     D = CombinedCondDiscriminator
     forms = {(ModulatedConv2d, 'forward'): grouped, (Discriminator, 'forward'): _plain_d,
-             (Synthesis, 'scales'): _plain_scales,
+             (generator, '_scales'): _plain_scales,
              (D, 'judge_maps'): _plain_heads, (D, 'judge_pairs'): _plain_pairs}
     ours = {at: getattr(*at) for at in forms}
     for at, form in forms.items(): setattr(*at, form)

@@ -125,7 +125,7 @@ def private_disk(folder, size):
 
 def full_disk(folder, main, mark):
     "In one process, because its disk goes with it: fill it, train, make space, go on."
-    private_disk(folder, '24m')
+    private_disk(folder, '40m')
     run = folder/'run'
     assert main([*LONG, '--out', str(run), '--run.steps', '12', '--run.keep', '0']) == 0
     (run/'checkpoints'/'cgan_step000012.pt').unlink()  # as if killed before its last save
