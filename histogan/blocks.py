@@ -125,7 +125,9 @@ def conv_same(
     "A convolution that keeps the size."
     p = weight.shape[-1] // 2
     if not p or padding == 'zeros': return F.conv2d(x, weight, padding=p)
-    if torch.are_deterministic_algorithms_enabled(): x = pad_by_slices(x, p, padding)
+    # compiled, the derivative of F.pad comes in another memory layout than promised
+    fixed = torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
+    if fixed: x = pad_by_slices(x, p, padding)
     else: x = F.pad(x, (p, p, p, p), mode=padding)
     return F.conv2d(x, weight)
 
