@@ -32,7 +32,7 @@ class Examples(NamedTuple):
     @property
     def key(self):
         "16 hex digits; other pixels, labels or order: another key."
-        return digest(np.asarray(self.x), np.asarray(self.y, np.int64))[:16]
+        return digest(self.x, np.asarray(self.y, np.int64))[:16]
 
 # %% ../nbs/64_baseline.ipynb #draw-batch
 def draw_batch(

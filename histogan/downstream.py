@@ -62,7 +62,7 @@ def indexed(
     classes: list,  # names by index
 ) -> Examples:
     "The same with class indices."
-    return Examples(p.x, pd.Categorical(p.y, classes).codes.astype(np.int64))
+    return Examples(np.asarray(p.x), pd.Categorical(p.y, classes).codes.astype(np.int64))
 
 # %% ../nbs/65_downstream.ipynb #c0ab3f44
 def load_split(
