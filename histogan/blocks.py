@@ -126,8 +126,8 @@ def conv_same(
     p = weight.shape[-1] // 2
     if not p or padding == 'zeros': return F.conv2d(x, weight, padding=p)
     # compiled, the derivative of F.pad comes in another memory layout than promised
-    fixed = torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
-    if fixed: x = pad_by_slices(x, p, padding)
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch.are_deterministic_algorithms_enabled(): x = pad_by_slices(x, p, padding)
     else: x = F.pad(x, (p, p, p, p), mode=padding)
     return F.conv2d(x, weight)
 
@@ -223,7 +223,7 @@ class _Demodulations(torch.autograd.Function):
 
 # %% ../nbs/10_blocks.ipynb #48363198
 def _styles_at_once(convs, ws):
-    "1 + style of each convolution, side by side; convs by block, ws (n_blocks, N, w_dim)."
+    "1 + style of each convolution; convs by block, ws (n_blocks, N, w_dim)."
     if ws.stride(0) == 0: convs, ws = [sum(convs, [])], ws[:1]  # one style for all
     def of(layers, w):
         weight, bias = (torch.cat([getattr(c.style, k) for c in layers])
@@ -259,7 +259,8 @@ def _resampling(n_in, n_out, how, device, dtype):
         elif how == 'linear': out = F.interpolate(eye, n_out, mode='linear')
         else:
             square = eye[:, None].expand(1, 1, n_in, n_in)
-            out = F.interpolate(square, (n_in, n_out), mode='bilinear', antialias=True)[0]
+            out = F.interpolate(
+                square, (n_in, n_out), mode='bilinear', antialias=True)[0]
         return out[0].T.to(device, dtype)
 
 # %% ../nbs/10_blocks.ipynb #06bd7364
