@@ -32,7 +32,7 @@ def condition(
     if how == 'sum': return rms_norm(z + e)
     if how == 'concat':
         both = torch.stack([z, e], 1)  # (N, 2, z_dim): each with a size of its own
-        return rms_norm(both.flatten(0, 1)).reshape(len(z), -1)
+        return rms_norm(both.flatten(0, 1)).reshape(-1, 2 * z.shape[1])
     raise ValueError(f"cond must be 'sum' or 'concat', not {how!r}")
 
 # %% ../nbs/10_blocks.ipynb #7c590fcb
