@@ -149,7 +149,8 @@ class Stem(nn.Module):
         self,
         zc,     # joined latent and class; (N, zc_dim)
     ):          # (N, channels, 4, 4)
-        if hasattr(self, 'const'): return self.const.expand(zc.shape[0], -1, -1, -1)
+        # a copy: a view taken without gradients would say that it needs one
+        if hasattr(self, 'const'): return self.const.repeat(zc.shape[0], 1, 1, 1)
         return self.linear(zc).reshape(-1, self.channels, 4, 4)
 
 # %% ../nbs/10_generator.ipynb #a452c3a9
