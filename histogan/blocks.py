@@ -396,7 +396,8 @@ class ClampInward(torch.autograd.Function):
         x,          # image before the clamp; any shape
         limit,      # largest value that may leave; > 0
     ):              # x within ±limit
-        ctx.save_for_backward(x); ctx.limit = limit
+        ctx.save_for_backward(x)
+        ctx.limit = limit
         return x.clamp(-limit, limit)
 
     @staticmethod

@@ -106,7 +106,9 @@ class HeldOutClassifier:
     n_train: int  # patches it learnt from
 
     @property
-    def net(self): return self.encoder.net
+    def net(self):
+        "The network itself."
+        return self.encoder.net
 
     @torch.no_grad()
     def __call__(self,
@@ -282,7 +284,9 @@ def _lack(held, shown, classes) -> str:
     n, few = (np.bincount(y, minlength=len(classes)) for y in (held, shown))
     lack = [f'{name} {2 * FEWEST - k}' for name, k in zip(classes, n) if k < 2 * FEWEST]
     if lack:
-        return f'{why}{2 * FEWEST} patches of each class must be set aside for it (missing: {", ".join(lack)}); give more patches or raise --data.val-frac'
+        told = f'(missing: {", ".join(lack)}); give more patches or raise --data.val-frac'
+        return f'{why}{2 * FEWEST} patches of each class must be set aside for it {told}'
     if few.min() < FEWEST:
-        return f'{why}a class has {few.min()} training patches to compare with, {FEWEST} are needed'
+        told = f'a class has {few.min()} training patches to compare with'
+        return f'{why}{told}, {FEWEST} are needed'
     return ''

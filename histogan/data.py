@@ -350,7 +350,8 @@ def _made(one, n, cfg, file, progress):
         for k, x in enumerate(bar): to[k] = x
         return to
     if file: return _written(file, n, size, fill)
-    if n*size**2*3 <= cfg.cache_mb*2**20: return fill(np.empty((n, size, size, 3), 'u1'))
+    if n*size**2*3 <= cfg.cache_mb*2**20:
+        return fill(np.empty((n, size, size, 3), 'u1'))
 
 # %% ../nbs/03_data.ipynb #043f1d8d
 def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
@@ -520,7 +521,8 @@ def open_data(
     rank: int = 0,  # which process this is; 0 to world - 1
     world: int = 1,  # processes that share each batch of training
     cache_dir: str | Path | None = None,  # keeps decoded patches for all processes
-    device=None,  # where batches are used; a torch device; None: as --data.on-device off
+    # where batches are used; a torch device; None: as --data.on-device off
+    device=None,
 ) -> OpenData:
     "Read, check and split a data set, and open the loaders of a training run."
     more = progress, cache_dir

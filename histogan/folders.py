@@ -25,10 +25,11 @@ SPLITS = ('train', 'val', 'test')
 
 # %% ../nbs/02_folders.ipynb #09f675b0
 _OTHER = frozenset(
-    '''.avif .bif .bz2 .czi .dcm .dicom .dng .eps .exr .gif .gz .hdr .heic .heif .ico .ims
-    .isyntax .j2c .j2k .jp2 .jpc .jpf .jpx .jxl .jxr .lif .mat .mrxs .nd2 .ndpi .nii .npy .oir .pam .pbm
-    .pcx .pdf .pgm .pnm .ppm .psd .qptiff .rar .raw .scn .svg .svs .svslide .tar .tga .tgz .vms .vmu
-    .vsi .zarr .zip .7z .npz .h5 .hdf5 .pkl .pt .tfrecord .tfrecords .lmdb .mdb'''.split()
+    '''.avif .bif .bz2 .czi .dcm .dicom .dng .eps .exr .gif .gz .hdr .heic .heif .ico
+    .ims .isyntax .j2c .j2k .jp2 .jpc .jpf .jpx .jxl .jxr .lif .mat .mrxs .nd2
+    .ndpi .nii .npy .oir .pam .pbm .pcx .pdf .pgm .pnm .ppm .psd .qptiff .rar
+    .raw .scn .svg .svs .svslide .tar .tga .tgz .vms .vmu .vsi .zarr .zip .7z
+    .npz .h5 .hdf5 .pkl .pt .tfrecord .tfrecords .lmdb .mdb'''.split()
 )
 _MAGIC = (
     (b'\x89PNG', 0),
@@ -125,7 +126,9 @@ def _below(folder, root) -> _Found:
         real = os.path.realpath(here)
         what = own_kind(folders + files)
         if what: found.own.append((here, what))
-        if real in seen or what: folders[:] = []; continue
+        if real in seen or what:
+            folders[:] = []
+            continue
         seen.add(real)
         folders[:] = sorted(
             d

@@ -268,8 +268,12 @@ def _jpeg_segments(b):  # yields (marker, first byte, last byte + 1)
     at = 2
     while at + 4 <= len(b) and b[at] == 0xFF:
         kind = b[at + 1]
-        if kind == 0xFF: at += 1; continue  # padding
-        if kind == 0xD9: yield kind, at, at + 2; return
+        if kind == 0xFF:
+            at += 1
+            continue  # padding
+        if kind == 0xD9:
+            yield kind, at, at + 2
+            return
         end = at + 2 + int.from_bytes(b[at + 2:at + 4], 'big')
         yield kind, at + 4, end
         at = end

@@ -75,7 +75,9 @@ def inspect(
         for i, seen in enumerate(
             tqdm(found, 'reading patches', n, disable=None if progress else True)
         ):
-            if isinstance(seen, str): bad.append(seen); continue
+            if isinstance(seen, str):
+                bad.append(seen)
+                continue
             facts, thumbs[i], small = seen
             rows.append(facts)
             if images is not None: images[i] = small

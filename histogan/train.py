@@ -25,21 +25,18 @@ from .checkpoint import generator_card, load_checkpoint, prune
 from .checkpoint import save_checkpoint
 from .core import InputError, Stopped, clear_torn, lock, moved, warn_line
 from .data import is_prepared, load_manifest, open_data, save_manifest
-from .dist import Elsewhere, any_rank, from_first, gather, in_turn
-from .dist import lost_peer, on_first, processes, rank, world
+from .dist import any_rank, elsewhere, from_first, gather, in_turn
+from .dist import on_first, processes, rank, step_traffic, world
 from .encoder import check_encoder, encoder_hashes, load_encoder
 from .encoder import real_features
 from .guards import steps_differ
-from .dist import step_traffic
-from .step import weights_of_g
 from .log import RunLog, draw_grid, note_down, opening_line, plot_curves
 from .log import sample
 from .phantom import PHANTOM_VERSION, make_phantom
 from .process import interruption, peak_memory, run_program
 from .selection import open_chooser
 from .state import TrainState, build, load_state_dict, state_dict
-from .step import lrs_at
-from .step import settle, take_step
+from .step import lrs_at, settle, take_step, weights_of_g
 
 # %% ../nbs/54_train.ipynb #09efefc4
 def open_choice(
@@ -453,7 +450,8 @@ def loop(
             for row, verdicts in done:
                 if log: note_down(log, bar, s, row, verdicts)
                 if hook: hook(s, row, verdicts)
-                if any(v.action == 'stop' for v in verdicts): stop_by_guard(s, folder, log)
+                if any(v.action == 'stop' for v in verdicts):
+                    stop_by_guard(s, folder, log)
             leave = any_rank(bool(heard) or time.monotonic() > deadline)
             due = save_due and not s.nonfinite.run  # a good one
             if draw_due: on_first(draw_grid, s, folder, log, data=data)
@@ -573,7 +571,7 @@ def main(
     early = ('interrupted before the first step; the same command begins again, '
              'with --resume auto where the folder holds a run')
     where = f'process {rank()}' if rank() else ''
-    return run_program(_main, argv, early, where, _known)
+    return run_program(_main, argv, early, where, elsewhere)
 
 # %% ../nbs/54_train.ipynb #93b60ff3-1
 def _main(argv):
@@ -583,14 +581,6 @@ def _main(argv):
     else:
         for k, v in dry_run(args.config).items(): print(f'{k}: {v}')
     return 0
-
-# %% ../nbs/54_train.ipynb #93b60ff3-2
-def _known(e):
-    "Exit code and last words for what only several processes meet."
-    if isinstance(e, Elsewhere): return 2, ''  # the first process has said why
-    if isinstance(e, Stopped) and rank(): return e.code, ''
-    if isinstance(e, RuntimeError) and lost_peer(e):
-        return 1, 'stopped: another process of this run has ended; go on with --resume'
 
 # %% ../nbs/54_train.ipynb #eb166be3
 __getattr__ = moved('train')

@@ -75,8 +75,8 @@ def rule_imports_alone(cells, stem):
         if c.exported and any(a.name == '*' for n in imports for a in n.names): yield 'import * in exported code'
 
 def rule_short(cells, stem):
-    "An exported cell is at most 50 lines."
-    for c in filter(lambda c: c.exported, cells):
+    "An exported cell is at most 50 lines; imports alone may be more."
+    for c in filter(lambda c: c.exported and not all(isinstance(n, IMPORT) for n in c.body), cells):
         n = sum(bool(l.strip()) and not l.startswith('#|') for l in c.lines)
         if n > LONGEST_CELL: yield f'an exported cell of {n} lines: {c.source[:40]!r}'
 
@@ -149,33 +149,6 @@ def rule_finished(cells, stem):
     for c in cells:
         for word in re.findall(r'\b(TODO|FIXME|XXX|NotImplementedError)\b', c.source): yield f'{word}: {c.source[:40]!r}'
 
-# rule -> notebooks that do not keep it yet; this table becomes empty
-NOT_YET = {
-    'rule_documented': ['41_classifier'],
-    'rule_imports_alone': '''
-        23_pretrained 52_step 63_eval'''.split(),
-    'rule_short': '''
-        03_data 30_losses'''.split(),
-    'rule_plain_comments': '''
-        01_images 02_folders 02_prepared 02_splits 03_batches 04_phantom 06_stain 10_blocks
-        10_generator 20_discriminator 21_frozen 22_small_cnn 23_pretrained 24_encoder 31_augment
-        41_classifier 42_selection 50_config 51_checkpoint 52_step 53_log 54_train 55_generate
-        56_ablate 60_features 61_metrics 62_copying 63_eval 64_baseline 65_downstream 66_report
-        70_explore'''.split(),
-    'rule_narrow': '''
-        02_folders 02_splits 20_discriminator 21_frozen 22_small_cnn 23_pretrained 24_encoder
-        30_losses 41_classifier 42_selection 50_config 51_checkpoint 52_step 53_log 54_train
-        56_ablate 60_features 61_metrics 62_copying 63_eval'''.split(),
-    'rule_one_statement_a_line': '''
-        01_arrays 01_images 02_folders 02_manifest 02_prepared 02_splits 03_batches 03_data
-        04_phantom 06_stain 10_blocks 10_generator 20_discriminator 30_losses 31_augment 40_guards
-        56_ablate tour'''.split(),
-    'rule_something_to_do': '''
-        01_arrays 02_folders 02_manifest 02_prepared 02_splits 03_batches 03_data 10_generator
-        30_losses 31_augment 40_guards 50_config 51_checkpoint 52_step 53_log 54_train 56_ablate
-        60_features 61_metrics 62_copying 65_downstream'''.split(),
-}
-
 def rule_leaves_no_trace(cells, stem):
     "A worker runs many notebooks: what one switches off for all of torch it switches on again."
     said = [m for c in cells if c.code for m in re.findall(r'set_grad_enabled\((True|False)\)', c.source)]
@@ -186,14 +159,14 @@ RULES = [f for name, f in list(globals().items()) if name.startswith('rule_')]
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_keeps_the_rules(path):
     cells = [Cell(c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
-    found = [fault for rule in RULES for fault in rule(cells, path.stem) if path.stem not in NOT_YET.get(rule.__name__, ())]
+    found = [fault for rule in RULES for fault in rule(cells, path.stem)]
     assert not found, '\n'.join(found)
 
 def test_exported_cells_are_short():
-    "Half of them have at most twelve lines; nine is the aim."
+    "Half of them have at most nine lines."
     sizes = [sum(bool(l.strip()) and not l.startswith('#|') for l in c.lines) for p in NOTEBOOKS
              for c in map(Cell, json.loads(p.read_text(encoding='utf-8'))['cells']) if c.exported]
-    assert statistics.median(sizes) <= 12, statistics.median(sizes)
+    assert statistics.median(sizes) <= 9, statistics.median(sizes)
 
 def code(source, **stored): return Cell({'cell_type': 'code', 'source': source.splitlines(True), 'outputs': [], **stored})
 
