@@ -38,12 +38,15 @@ from .losses import LossConfig
 @dataclass(frozen=True)
 class OptimConfig:
     "Adam, clipping and the learning-rate schedule."
-    lr_g: float = 4e-4  # LR_G: Adam step of G; > 0; seed
-    lr_d: float = 7e-5  # LR_D: Adam step of D; > 0; seed
-    betas: tuple[float, float] = (0.0, 0.99)  # BETAS: both floats; seed
-    grad_clip: float = 1.0  # largest gradient norm of G and of D; seed
+    lr_g: float = 4e-4  # LR_G: learning rate of G; > 0; original recipe
+    lr_d: float = 7e-5  # LR_D: learning rate of D; > 0; original recipe
+    # BETAS: Adam's two; [0, 1); original recipe
+    betas: tuple[float, float] = (0.0, 0.99)
+    # gradient clipping: largest norm of G's and of D's; > 0; original recipe
+    grad_clip: float = 1.0
     schedule: Literal['cosine', 'tail', 'constant'] = 'cosine'  # USE_LR_SCHEDULER
-    lr_final_ratio: float = 0.01  # LR_FINAL_RATIO: floor over start; seed
+    # LR_FINAL_RATIO: end over start; [0, 1]; original recipe
+    lr_final_ratio: float = 0.01
     total_steps_estimate: int = 12_500  # TOTAL_STEPS_ESTIMATE; 0 = the true number
     warmup: int = 0  # steps of linear warm-up ('tail' only); modern 50
 
@@ -62,19 +65,22 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     "Length, cadence and arithmetic of one training run."
-    epochs: int = 50  # EPOCHS: passes of the balanced sampler; seed
+    # EPOCHS: passes of the balanced sampler; >= 1; original recipe
+    epochs: int = 50
     steps: int = 0  # D steps in all; 0 = epochs × steps per epoch
     max_hours: float = 0.0  # stop and save after this long; 0 = no limit; hours
-    sample_every: int = 400  # SAMPLE_EVERY: steps between grids; seed
-    save_every: int = 800  # SAVE_EVERY: steps between checkpoints; seed
+    # SAMPLE_EVERY: steps between sample grids; >= 1; original recipe
+    sample_every: int = 400
+    # SAVE_EVERY: steps between checkpoints; >= 1; original recipe
+    save_every: int = 800
     keep: int = 3  # newest checkpoints kept; 0 = all; decided
     keep_every: int = 0  # every k-th checkpoint is kept for good; 0 = none
-    # what picks cgan_best_model.pt; see 54_train
+    # what picks cgan_best_model.pt: quality thresholds, Fréchet distance, the newest
     best_metric: Literal['selection', 'fd', 'none'] = 'fd'
     n_eval: int = 450  # fakes per evaluation, at least; measured, 54_train
     d4: bool = False  # one of eight flips/quarter turns of each real; modern True
     share_fakes: bool = False  # one G pass for D and G step; modern True
-    # USE_AMP = False; seed; modern auto
+    # USE_AMP = False: half precision; original recipe; modern auto
     amp: Literal['off', 'auto', 'fp16', 'bf16'] = 'off'
     channels_last: bool = True  # NHWC memory; faster on CPU and GPU
     device: str = 'auto'  # 'auto' = cuda when there is one, else cpu
@@ -120,11 +126,12 @@ class MadeConfig:
 class Config:
     "Everything that decides what a run computes."
     preset: str = 'poc'  # the preset these values started from
-    out: str = 'outputs/06b_cgan_ia'  # folder of the run; seed
+    out: str = 'outputs/06b_cgan_ia'  # folder of the run; original recipe
     # none, cnn[:PATH], pathoduet:PATH, timm:NAME:PATH, lite0[:PATH], random:SEED;
     # several with +
     encoder: str = 'none'
-    encoder_cache: bool = False  # keep the vectors of reals; exact without augmentation
+    # keep the embeddings of reals; exact without augmentation
+    encoder_cache: bool = False
     heads: bool = False  # discriminator heads on the encoder's maps
     # size of networks, batch and run; what else is given wins; see Presets
     scale: Literal['S', 'M', 'L'] = 'S'
@@ -135,7 +142,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)  # terms and weights
     optim: OptimConfig = field(default_factory=OptimConfig)  # Adam and schedule
     ada: AdaConfig = field(default_factory=AdaConfig)  # adaptive augmentation
-    gate: GateConfig = field(default_factory=GateConfig)  # alpha gate
+    gate: GateConfig = field(default_factory=GateConfig)  # encoder gate
     sat: SaturationConfig = field(default_factory=SaturationConfig)  # saturation guard
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)  # NaN guard
     # what a checkpoint must show

@@ -44,10 +44,11 @@ class DiscriminatorConfig:
     pair: bool = False
     places: bool = False  # heads go on to 4×4 and add a logit for every place
     cross_scale: bool = False  # coarse maps are mixed into the finer ones
-    # decided by the encoder: which maps the pair heads read, the side of each map
-    # in px, and how many maps each joined encoder has
+    # which maps the pair heads read; the program asks the encoder
     pair_maps: tuple[int, ...] = ()
+    # side of each map, px; the program asks the encoder
     sides: tuple[int, ...] = ()
+    # maps of each joined encoder; the program asks them
     counts: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -451,8 +452,8 @@ class CombinedCondDiscriminator(nn.Module):
         if self.pairs and encoded is None and not torch.equal(y[0::2], y[1::2]):
             raise ValueError('pair heads need images 2k and 2k + 1 of one class')
         if encoded is None and (use_heads or use_duet): encoded = self.encode(x)
-        heads = self.judge_maps(encoded[1], y) if use_heads else ()
-        pairs = () if no_heads else self.judge_pairs(x, y, encoded)
+        heads = self.logits_of_maps(encoded[1], y) if use_heads else ()
+        pairs = () if no_heads else self.logits_of_pairs(x, y, encoded)
         if self.base is None:
             return DOutput(None, None, None, None, None, heads, pairs)
         base, feat = self.base(x)  # (N,), (N, C)
@@ -497,7 +498,7 @@ def pair_heads(
 
 # %% ../nbs/20_discriminator.ipynb #b386b3a1
 @patch
-def judge_maps(self: CombinedCondDiscriminator,
+def logits_of_maps(self: CombinedCondDiscriminator,
     maps: list, # of the encoder
     y: torch.Tensor, # (N,) labels
 ) -> torch.Tensor | tuple: # (H, N); with places (N,), (N, P) in turn
@@ -524,7 +525,7 @@ def _shares(areas, device):
 
 # %% ../nbs/20_discriminator.ipynb #c8746e95
 @patch
-def judge_pairs(self: CombinedCondDiscriminator,
+def logits_of_pairs(self: CombinedCondDiscriminator,
     x: torch.Tensor, # (N, 3, R, R); images 2k and 2k + 1 of one class
     y: torch.Tensor, # (N,) labels
     encoded, # (vector, maps) of x, or None when no pair head reads maps

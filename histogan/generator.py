@@ -70,7 +70,7 @@ class GeneratorConfig:
     to_rgb: Literal['last', 'skip'] = 'last'
     # noise_weight: initial weight of each block's noise; ≥ 0; poc 0, modern 0.1
     noise_init: float = 0.0
-    # see clamp_output; poc hard, modern none
+    # how values beyond clamp are handled; poc hard, modern none
     output_clamp: Literal['hard', 'straight_through', 'soft', 'none'] = 'hard'
     clamp: float = 0.9  # output clamp: largest value of the image; > 0; poc
     use_style_mixing: bool = True  # USE_STYLE_MIXING: use z_mix when it is given; poc

@@ -79,7 +79,7 @@ def plainly():
     D = CombinedCondDiscriminator
     forms = {(ModulatedConv2d, 'forward'): grouped, (Discriminator, 'forward'): _plain_d,
              (generator, '_scales'): _plain_scales,
-             (D, 'judge_maps'): _plain_heads, (D, 'judge_pairs'): _plain_pairs}
+             (D, 'logits_of_maps'): _plain_heads, (D, 'logits_of_pairs'): _plain_pairs}
     ours = {at: getattr(*at) for at in forms}
     for at, form in forms.items(): setattr(*at, form)
     try: yield

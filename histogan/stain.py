@@ -31,7 +31,7 @@ class StainConfig:
     # border that is not measured; px, at most 1/8 of the side; >= 0; 06_stain
     edge: int = 4
     dark: float = 20  # least lightness of the white point; [0, 100]; measured, 06_stain
-    lambda1: float = .1  # sparsity while stains are learned; (0, 1); seed
+    lambda1: float = .1  # sparsity while stains are learned; (0, 1); original recipe
     lambda2: float = .01  # sparsity of stain amounts; [0, 1); staintools
     pixels: int = 4000  # tissue pixels learned from; >= 100; measured, 06_stain
     iterations: int = 400  # dictionary updates; >= 1; measured, 06_stain
@@ -416,7 +416,7 @@ def _spams_fault() -> str:  # empty when it works
 class StainNormalizer:
     "Bring patches into the colours of one target patch."
     def __init__(self,
-        method: str = 'vahadane',  # one of METHODS; seed
+        method: str = 'vahadane',  # one of METHODS; original recipe
         cfg: StainConfig = StainConfig(),  # its constants
     ):
         self.method, self.cfg, self.target = _method(method), cfg, None

@@ -39,7 +39,7 @@ class TrainState:
     encoder: nn.Module | None  # frozen; not saved
     total: int  # D steps of the whole run
     ada: AdaState = AdaState()  # augmentation controller
-    gate: GateState = GateState()  # alpha gate
+    gate: GateState = GateState()  # encoder gate
     sat: SaturationState = SaturationState()  # saturation guard
     nonfinite: NonFiniteState = NonFiniteState()  # NaN guard
     step: int = 0  # D steps begun

@@ -405,7 +405,7 @@ def after_g(
     d: Terms,  # of this step
     g: Terms | None,  # of this step; None when it was not taken
 ) -> list:  # verdicts, in the recipe's order
-    "EMA, saturation guard, alpha gate, non-finite guard."
+    "EMA, saturation guard, encoder gate, non-finite guard."
     if g and g.finite: move_ema(s)
     return act(s, d, g)
 
@@ -422,7 +422,7 @@ def act(
     d: Terms,  # of a step
     g: Terms | None,  # of the same step
 ) -> list:  # verdicts, in the recipe's order
-    "Saturation guard, alpha gate, non-finite guard."
+    "Saturation guard, encoder gate, non-finite guard."
     verdicts = []
     if g and g.finite:
         obs = SaturationObs(s.step, g.log['fake_mean_abs'], g.log['real_mean_abs'])
@@ -466,7 +466,7 @@ def train_step(
     s: TrainState,  # everything changes
     x: torch.Tensor,  # (N, 3, R, R) uint8 from the loader
     y: torch.Tensor,  # (N,) labels
-    ids: torch.Tensor | None = None,  # (N,) rows of the manifest, for kept vectors
+    ids: torch.Tensor | None = None,  # (N,) rows of the manifest, for cached features
 ) -> tuple[dict, list]:  # row of metrics_gan.csv; verdicts
     "One D step, one G step, the guards, and the numbers of it all."
     return (take_step(s, x, y, ids) or settle(s))[-1]
@@ -476,7 +476,7 @@ def take_step(
     s: TrainState,  # everything changes
     x: torch.Tensor,  # (N, 3, R, R) uint8 from the loader
     y: torch.Tensor,  # (N,) labels
-    ids: torch.Tensor | None = None,  # (N,) rows of the manifest, for kept vectors
+    ids: torch.Tensor | None = None,  # (N,) rows of the manifest, for cached features
     **more,  # for the row
 ) -> list:  # (row, verdicts) of this step; empty when nobody has read it yet
     "One D step and one G step; the guards too, unless numbers are read late."
