@@ -5,15 +5,20 @@ accuracy read at smoothing's equilibrium, with the logistic loss, and with the l
 0.78 / 0.70. Every tenth step: the smoothed accuracy, alpha, the perceptual loss, and how far the duet logit of reals lies above
 that of fakes.
 """
-import argparse, csv, tempfile
+import argparse, tempfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 
 from histogan.ablate import D_WIDTH, override, recipe
 from histogan.config import modern
-from histogan.step import draw_fakes, prepare_batch, train_step
-from histogan.train import batches, open_run
+from histogan.core import write_table
+from histogan.data import load_manifest, open_data
+from histogan.reals import split_of
+from histogan.step import draw_fakes, prepare_batch
+from histogan.train import train
 
 RUNS = {'as it is': {}, 'equilibrium': {'ada.acc_threshold': 'equilibrium'}, 'logistic': {'loss.adversarial': 'logistic'},
         'logistic, gate at 0.40': {'loss.adversarial': 'logistic', 'gate.acc_gate_hi': .4, 'gate.acc_gate_lo': .3}}
@@ -26,14 +31,21 @@ def duet_gap(s, x, y):
     real, fake = (s.D.duet(v.float()).mean() for v in (s.encoder(x), fakes.encoded.vector))
     return (real - fake).item()
 
+def some_reals(cfg, classes):
+    "Two training patches of each class, and their labels."
+    listed = load_manifest(Path(cfg.out, 'artifacts', 'manifest.csv'), cfg.data.folder)
+    p, _ = split_of(open_data(cfg.data, manifest=listed), 'train', 2)
+    return torch.as_tensor(np.asarray(p.x)).permute(0, 3, 1, 2), torch.tensor([classes.index(c) for c in p.y])
+
 def trace(cfg):
     "One run, every tenth step."
-    s, data, _ = open_run(cfg)
-    steps = batches(data)
-    for _ in range(s.total):
-        x, y, *_ = next(steps)
-        row, _ = train_step(s, x, y)
-        if s.step % 10 == 0: yield dict(step=s.step, acc_ema=row['acc_ema'], alpha=row['alpha'], perceptual=row['g_perceptual'], duet_gap=duet_gap(s, x, y))
+    rows, reals = [], []
+    def note(s, row, verdicts):
+        if s.step % 10: return
+        if not reals: reals.extend(some_reals(cfg, s.classes))
+        rows.append(dict(step=s.step, acc_ema=row['acc_ema'], alpha=row['alpha'], perceptual=row['g_perceptual'], duet_gap=duet_gap(s, *reals)))
+    train(cfg, hook=note)
+    return rows
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -46,9 +58,6 @@ def main():
         for k, (name, changes) in enumerate(RUNS.items()):
             rows += [dict(run=name) | {k: v if k == 'step' else f'{v:.4g}' for k, v in r.items()} for r in trace(override(recipe(base), changes | {'out': str(Path(d)/str(k))}))]
             print(name, rows[-1], flush=True)
-    with open(a.out, 'w', newline='') as f:
-        w = csv.DictWriter(f, rows[0], lineterminator='\n')
-        w.writeheader()
-        w.writerows(rows)
+    write_table(a.out, pd.DataFrame(rows))
 
 if __name__ == '__main__': main()

@@ -5,19 +5,20 @@ with only that one switched off, and once with smoothing's shifted scale read at
 gate are shortened from 500 to 50 steps so that they could act. One row per run: medians over its last quarter, and samples of G
 itself, not of its average, at the end.
 """
-import argparse, csv, tempfile
+import argparse, tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from histogan.config import PRESETS
-from histogan.data import to_float
+from histogan.core import write_table
+from histogan.data import load_manifest, open_data, to_float
 from histogan.log import sample
-from histogan.step import train_step
 from histogan.selection import open_chooser
-from histogan.train import batches, open_run
+from histogan.train import train
 
 def base(out, steps):
     "The recipe, narrow and short."
@@ -40,9 +41,9 @@ def variants(c):
 
 def measure(cfg):
     "One run; what it came to."
-    s, data, _ = open_run(cfg)
-    rows, steps = [], batches(data)
-    for _ in range(s.total): rows.append(train_step(s, *next(steps)[:2])[0])
+    rows = []
+    s = train(cfg, hook=lambda s, row, verdicts: rows.append(row))
+    data = open_data(cfg.data, manifest=load_manifest(Path(cfg.out, 'artifacts', 'manifest.csv'), cfg.data.folder))
     last = rows[-len(rows)//4:]
     mid = lambda k: float(np.median([r[k] for r in last if r.get(k) is not None]))
     y = torch.arange(len(s.classes)).repeat_interleave(12)
@@ -67,10 +68,6 @@ def main():
         for k, (name, cfg) in enumerate(variants(base(Path(d)/'0', a.steps)).items()):
             table.append(dict(run=name) | measure(replace(cfg, out=str(Path(d)/str(k)))))
             print(' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v) for v in table[-1].values()), flush=True)
-    if a.out:
-        with open(a.out, 'w', newline='') as f:
-            w = csv.DictWriter(f, table[0])
-            w.writeheader()
-            w.writerows(table)
+    if a.out: write_table(a.out, pd.DataFrame(table))
 
 if __name__ == '__main__': main()

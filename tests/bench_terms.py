@@ -3,24 +3,25 @@
 The original recipe (`poc`), narrowed as `histogan.ablate` narrows it, at 32 px on the phantom, with an untrained encoder for the
 perceptual term. Every tenth step: each term as it is, before its weight. `thresholds` draws their medians.
 """
-import argparse, csv, tempfile
+import argparse, tempfile
 from pathlib import Path
+
+import pandas as pd
 
 from histogan.ablate import D_WIDTH, override, recipe
 from histogan.config import modern
-from histogan.step import train_step
-from histogan.train import batches, open_run
+from histogan.core import write_table
+from histogan.train import train
 
 TERMS = ('g_adv', 'g_stats', 'g_perceptual', 'g_saturation', 'g_feature_matching', 'g_mixing')
 
 def trace(cfg):
     "One run, every tenth step."
-    s, data, _ = open_run(cfg)
-    steps = batches(data)
-    for _ in range(s.total):
-        x, y, *_ = next(steps)
-        row, _ = train_step(s, x, y)
-        if s.step % 10 == 0: yield dict(step=s.step) | {k: float(f'{row[k]:.4g}') for k in TERMS}
+    rows = []
+    def note(s, row, verdicts):
+        if s.step % 10 == 0: rows.append(dict(step=s.step) | {k: float(f'{row[k]:.4g}') for k in TERMS})
+    train(cfg, hook=note)
+    return rows
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,10 +31,7 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         base = override(modern(32), {'data.root': 'phantom', 'run.steps': a.steps, 'd.d_base_ch': D_WIDTH, 'encoder': 'random:0',
                                      'phantom.per_class': 40, 'run.amp': 'off', 'out': str(Path(d, 'run'))})
-        rows = list(trace(recipe(base)))
-    with open(a.out, 'w', newline='') as f:
-        w = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-        w.writeheader()
-        w.writerows(rows)
+        rows = trace(recipe(base))
+    write_table(a.out, pd.DataFrame(rows))
 
 if __name__ == '__main__': main()
