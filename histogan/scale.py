@@ -23,8 +23,7 @@ def random_dataset(
     seed: int = 0,  # of the bytes
 ) -> Path:  # root
     "A prepared dataset of random patches, every twentieth kept for evaluation."
-    root = Path(root)
-    root.mkdir(parents=True)
+    (root := Path(root)).mkdir(parents=True)
     reserve_images(root/'images.npy', n, size)
     images = np.load(root/'images.npy', mmap_mode='r+')
     rng = np.random.default_rng(seed)
