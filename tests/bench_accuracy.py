@@ -34,11 +34,11 @@ def of_phantom(cfg, scratch):
     x, y = pixels(df, cfg.data.image_size)
     return fit_held_out(x, y, y.max() + 1, df.group.to_numpy(), cfg=CNN)
 
-def of_manifest(cfg, run, path):
-    "A classifier from one half of the patches; its reals are the training patches of the run, the other half."
-    mine, theirs = load_manifest(path, cfg.data.root), load_manifest(run/'artifacts'/'manifest.csv')
-    x, y = pixels(mine[mine.split != 'test'], cfg.data.image_size)
-    rx, ry = pixels(theirs[theirs.split == 'train'], cfg.data.image_size)  # not its val and test rows
+def of_manifest(size, reals, path):
+    "A classifier from one half of the patches; its reals are the training patches of the generator, the other half."
+    mine, theirs = load_manifest(path), load_manifest(reals)
+    x, y = pixels(mine[mine.split != 'test'], size)
+    rx, ry = pixels(theirs[theirs.split == 'train'], size)  # not its val and test rows
     sets = references(ry, np.arange(len(ry)), np.ones(len(ry), bool), y.max() + 1)
     return fit_held_out(x, y, y.max() + 1, cfg=CNN, reals=[(rx[i], ry[i]) for i in sets])
 
@@ -46,12 +46,14 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('run', type=Path)
     ap.add_argument('--classifier', default='', help='manifest of patches that teach the classifier, in place of the phantom')
+    ap.add_argument('--reals', type=Path, help='manifest of the patches it was trained on; needed for an exported generator')
     ap.add_argument('--n', type=int, default=100, help='samples of each class')
     ap.add_argument('--seed', type=int, default=1)
     ap.add_argument('--json', default='', help='file for all figures')
     a = ap.parse_args()
-    cfg, G = load_config(a.run), load_generator(a.run)
-    with tempfile.TemporaryDirectory() as d: classifier = of_manifest(cfg, a.run, a.classifier) if a.classifier else of_phantom(cfg, d)
+    G, reals = load_generator(a.run), a.reals or a.run/'artifacts'/'manifest.csv'
+    with tempfile.TemporaryDirectory() as d:
+        classifier = of_manifest(G.cfg.img_res, reals, a.classifier) if a.classifier else of_phantom(load_config(a.run), d)
     y = torch.arange(len(G.classes)).repeat_interleave(a.n)
     q, g = quality(classifier, (sample(G, y, seed=a.seed), y), classifier.reals), SelectionConfig()
     mean = lambda v: sum(v)/len(v)

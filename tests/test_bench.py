@@ -3,7 +3,6 @@ import numpy as np
 import pandas as pd
 
 import bench_accuracy
-from histogan.config import PRESETS
 
 def test_reals_of_a_run_are_its_training_rows_alone(tmp_path, monkeypatch):
     "Its manifest also lists val and test patches, which come from other patients."
@@ -14,5 +13,5 @@ def test_reals_of_a_run_are_its_training_rows_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_accuracy, 'load_manifest', lambda path, *a: pd.read_csv(path))
     monkeypatch.setattr(bench_accuracy, 'pixels', lambda df, size: (asked.append(set(df.split)), (np.zeros((len(df), size, size, 3), np.uint8), np.arange(len(df)) % 2))[1])
     monkeypatch.setattr(bench_accuracy, 'fit_held_out', lambda x, y, n, cfg, reals: kept.update(learned=len(x), reals=[len(r) for r, _ in reals]))
-    bench_accuracy.of_manifest(PRESETS['smoke'], tmp_path/'run', tmp_path/'other.csv')
+    bench_accuracy.of_manifest(32, tmp_path/'run'/'artifacts'/'manifest.csv', tmp_path/'other.csv')
     assert asked == [{'train', 'val'}, {'train'}] and kept == dict(learned=24, reals=[6, 6])
