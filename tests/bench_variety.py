@@ -1,5 +1,7 @@
 """How various are the samples of a run? `python tests/bench_variety.py RUN [RUN…] [--weights alexnet.pth] [--n 100]`.
 
+RUN is a run's folder, or one of its checkpoints: those of one long run show what its length gives.
+
 In the features of AlexNet, which no discriminator here trains with, patches enlarged to 128 px: n samples of each class against the class's training
 patches, precision to nearest distance by `manifold_metrics`, repeats against as many reals, effective dimensions of w,
 the frame at the border, and the Fréchet distance to the test patches over that of the training patches. Printed are a
@@ -43,9 +45,13 @@ def halved(x, seed=0):
     i = np.random.default_rng(seed).permutation(len(x))
     return x[i[::2]], x[i[1::2]]
 
+def home(run):
+    "The run that a folder or a checkpoint belongs to."
+    return Path(run) if Path(run).is_dir() else Path(run).parent.parent
+
 def figures(run, cache, ex, n, seed, halves=False):
-    run = Path(run)
-    G, cfg = load_generator(run), load_config(run)
+    G, run = load_generator(run), home(run)
+    cfg = load_config(run)
     listed = load_manifest(run/'artifacts'/'manifest.csv', cfg.data.folder, test_root=cfg.data.test_root)
     data = open_data(cfg.data, manifest=listed)
     train, test = (split_of(data, s)[0] for s in ('train', 'test'))
