@@ -12,12 +12,13 @@ import numpy as np
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-from .classifier import FEWEST, split_by_group
+from .classifier import FEWEST
 from .core import InputError, safe_names
 from .data import load_manifest, open_data, read_rgb, resize, scan
 from .features import Lazy, Patches, at_most, counts
 from .metrics import LEAST
 from .phantom import PHANTOM_VERSION, make_phantom
+from .splits import split_by_group
 from .train import phantom_root
 
 # %% ../nbs/62_reals.ipynb #dddf7e40

@@ -7,7 +7,8 @@ import torch
 
 from histogan.data import DataConfig, open_data, to_uint8
 from histogan.encoder import CNNConfig, own_cnn
-from histogan.classifier import FEWEST, fit_held_out, held_out_for, references, split_by_group
+from histogan.classifier import FEWEST, fit_held_out, held_out_for, references
+from histogan.splits import split_by_group
 from histogan.core import InputError
 from histogan.phantom import make_phantom
 

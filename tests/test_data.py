@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, inspect,
                            linked_groups, load_manifest, near_duplicates, open_data, orient, read_rgb, resize, save_manifest, scan, split)
 from histogan.images import _candidates
-from histogan.splits import _place_units
+from histogan.splits import _place_groups
 from conftest import run_python
 
 def tissue(seed, px=32):
@@ -281,8 +281,8 @@ def test_a_single_family_trains():
     assert set(split(df, seen=seen).split) == {'train'}
 
 def test_a_split_that_wants_nothing_gets_nothing():
-    assert _place_units(np.array([[4], [4], [1]]), np.array([[1], [0], [0]]), 0).tolist() == [0, 0, 0]
-    assert _place_units(np.array([[4], [4], [1]]), np.array([[0], [1], [0]]), 0).tolist()[:2] == [1, 1]
+    assert _place_groups(np.array([[4], [4], [1]]), np.array([[1], [0], [0]]), 0).tolist() == [0, 0, 0]
+    assert _place_groups(np.array([[4], [4], [1]]), np.array([[0], [1], [0]]), 0).tolist()[:2] == [1, 1]
 
 def test_no_evaluation_wanted():
     df = pd.DataFrame(dict(path='', label=list('AB') * 20, sha256=[str(i) for i in range(40)], group=[f'g{i // 4}' for i in range(40)]))
