@@ -490,7 +490,7 @@ def plan(
     "Sizes and order of everything."
     small = (16, min(a.steps, 12), 1)
     size, steps, seeds = small if a.quick else (a.size, a.steps, a.seeds)
-    base = override(modern(size), {'data.root': 'phantom', 'data.test_frac': 0.,
+    base = override(modern(size, pair_weight=0.5), {'data.root': 'phantom', 'data.test_frac': 0.,
                                    'run.steps': steps, 'd.d_base_ch': D_WIDTH})
     amp = pick_amp(base, pick_device(base))  # rows of one table share their arithmetic
     base = override(base, {'run.amp': amp})

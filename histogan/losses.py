@@ -441,7 +441,7 @@ class LossConfig:
     # MIXING_REG_WEIGHT: weight of the variance floor; >= 0; original recipe
     mixing_reg_weight: float = 0.1
     mixing_target: float = 0.1 # variance in a batch that is free; >= 0; original recipe
-    pair_weight: float = 0.0 # weight of the pair term; >= 0; 0.5 in preset modern
+    pair_weight: float = 0.0 # weight of the pair term; >= 0; modern 4.0, demo 0.5
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
     def __post_init__(self):

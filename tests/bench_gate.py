@@ -52,7 +52,7 @@ def main():
     ap.add_argument('--steps', type=int, default=1200)
     ap.add_argument('--out', default='gate_trace.csv')
     a = ap.parse_args()
-    base = override(modern(32), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
+    base = override(modern(32, pair_weight=0.5), {'data.root': 'phantom', 'data.test_frac': 0., 'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
     rows = []
     with tempfile.TemporaryDirectory() as d:
         for k, (name, changes) in enumerate(RUNS.items()):
