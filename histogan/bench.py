@@ -9,7 +9,7 @@ __all__ = ['ROWS', 'race', 'Row', 'compared', 'BenchArgs', 'step_rows', 'samplin
 # %% ../nbs/57_bench.ipynb #781fbd89
 from . import startup  # answers a known --help, before all else loads
 from .config import PRESETS, pick_amp, pick_device
-from .options import parse_options, suggestion
+from .options import check_file, parse_options, suggestion
 import os, subprocess, sys, tempfile, time
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ class BenchArgs:
     def __post_init__(self):
         if self.rounds < 1: raise InputError('--rounds: must be ≥ 1')
         if self.batch < 2 or self.batch % 2: raise InputError('--batch: must be even')
+        if self.json: check_file('--json', self.json)
         for name in self.rows:
             if name not in ROWS:
                 raise InputError(f'--rows {name}: no such row{suggestion(name, ROWS)}; '

@@ -8,7 +8,7 @@ __all__ = ['patch_seed', 'latents', 'draw', 'fingerprint', 'rows_for', 'generate
 
 # %% ../nbs/55_generate.ipynb #3a717d9d
 from . import startup  # answers a known --help, before all else loads
-from .options import parse_options, suggestion
+from .options import check_file, parse_options, suggestion
 
 # %% ../nbs/55_generate.ipynb #0b5e6d0e
 import io, re, sys, warnings
@@ -183,10 +183,10 @@ def save_walk(
     "A walk as one picture."
     path, img = Path(path), to_uint8(x).cpu().permute(0, 2, 3, 1).numpy()
     frames = [Image.fromarray(i) for i in img]
-    if path.suffix == '.png':
+    if path.suffix.lower() == '.png':
         strip = Image.fromarray(np.concatenate(img, 1))
         return write_file(path, lambda f: strip.save(f, 'PNG'))
-    if path.suffix != '.gif': raise InputError(f'--walk {path}: give a .png or a .gif')
+    check_file('--walk', path, ('.gif', '.png'))
     kw = dict(save_all=True, append_images=frames[1:], duration=ms, loop=0)
     return write_file(path, lambda f: frames[0].save(f, 'GIF', **kw))
 
@@ -266,6 +266,8 @@ class GenerateArgs:
             if v < low: raise InputError(f'--{option} {v}: must be at least {low}')
         if sum(map(bool, (self.walk, self.onnx, self.export))) > 1:
             raise InputError('--walk, --onnx, --export: give one of them')
+        if self.walk: check_file('--walk', self.walk, ('.png', '.gif'))
+        if self.onnx: check_file('--onnx', self.onnx)
 
 # %% ../nbs/55_generate.ipynb #4e09fc49
 def check_device(

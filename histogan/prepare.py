@@ -33,7 +33,7 @@ from .images import RESIZE, THUMB, pixel_hash, read_rgb, stamp, thumbnail
 from .options import parse_options
 from .process import follow_parent, run_program, wait_for
 from .splits import find_copies
-from .quality import METRICS, filter_of, jpeg_blockiness
+from .quality import METRICS, filter_of, jpeg_blockiness, limits_named
 from .stain import METHODS, StainConfig, StainNormalizer, pick_target
 
 # %% ../nbs/07_prepare.ipynb #e000f4ac
@@ -42,6 +42,10 @@ class QualityOptions:
     "Which patches are rejected"
     thresholds: str = 'auto'  # auto, none, nct, calibrate, or a JSON file; decided
     quantile: float = .05  # calibrate: share that each limit alone rejects; [0, .5)
+
+    def __post_init__(self):
+        if not 0 <= self.quantile < .5: raise InputError(
+            f'--quality.quantile: {self.quantile} must lie in [0, .5)')
 
 # %% ../nbs/07_prepare.ipynb #16134650
 @dataclass(frozen=True)
@@ -147,10 +151,16 @@ def list_patches(
 # %% ../nbs/07_prepare.ipynb #5b5cc9dc
 _LIBRARIES = 'histogan numpy pillow pandas scipy spams-bin python'.split()
 
+# %% ../nbs/07_prepare.ipynb #2ba98c10
+def _named_target(cfg) -> np.ndarray | None:  # pixels; None: none was named
+    "The patch whose colours all take."
+    try: return read_rgb(cfg.stain.target) if cfg.stain.target else None
+    except InputError as e: raise InputError(f'--stain.target {e}') from None
+
 # %% ../nbs/07_prepare.ipynb #d4003fbc
 def _work_key(cfg, df, base) -> str:  # 64 hexadecimal digits
     "A hash of everything that the stored pixels depend on."
-    target = pixel_hash(read_rgb(cfg.stain.target)) if cfg.stain.target else ''
+    target = '' if (x := _named_target(cfg)) is None else pixel_hash(x)
     what, h = [PREPARED_FORMAT, versions(*_LIBRARIES), cfg.image_size], hasher()
     what += [asdict(cfg.stain), target]
     h.update(json.dumps(what, sort_keys=True).encode())
@@ -436,6 +446,7 @@ def prepare(
     (rank, world), out = my_share(), Path(cfg.out)
     df, base = list_patches(cfg)
     if progress and not rank: print('found', classes_line(df, base), flush=True)
+    limits_named(cfg.quality.thresholds, sorted(set(df.label)))  # before any work
     if _done_before(cfg, df, base, out): return out
     part, busy = _claim(out), f'--out {out}: another process is preparing it; '
     with lock(part / f'.lock-{rank}', f'{busy}wait, or choose another folder'):

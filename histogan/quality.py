@@ -6,7 +6,8 @@
 __all__ = ['WHITE', 'GLASS', 'DARK', 'BRIGHT', 'RULES', 'METRICS', 'BLOCKINESS', 'LIMITS', 'NCT_THRESHOLDS', 'luminance',
            'QualityMetrics', 'batch_metrics', 'quality_metrics', 'blockiness_stats', 'jpeg_blockiness', 'Thresholds',
            'as_thresholds', 'load_thresholds', 'save_thresholds', 'Verdict', 'QualityFilter', 'measure', 'calibrate',
-           'filter_of', 'plot_shares', 'reason_table', 'show_rejected', 'QualityReport', 'quality_report']
+           'limits_named', 'filter_of', 'plot_shares', 'reason_table', 'show_rejected', 'QualityReport',
+           'quality_report']
 
 # %% ../nbs/05_quality.ipynb #0b0fbaaf
 import json
@@ -465,9 +466,22 @@ def calibrate(
         found[c] = Thresholds(**_limits_at(own, quantile), rule=rules.get(c, 'limits'))
     return found
 
+# %% ../nbs/05_quality.ipynb #8edd5cf2
+def limits_named(
+    name: str,  # auto, none, nct, calibrate, or a JSON file of thresholds
+    classes=(),  # class names that must be there
+) -> dict | None:  # class -> Thresholds; None: it takes the patches to say
+    "Thresholds that are known before a patch is read; `InputError` for what is none."
+    option = '--quality.thresholds'
+    if name in ('auto', 'none', 'calibrate'): return None
+    if name == 'nct': return as_thresholds(NCT_THRESHOLDS, classes, f'{option} nct')
+    if not Path(name).exists(): raise InputError(
+        f'{option} {name}: is no file, and not auto, none, nct or calibrate')
+    return load_thresholds(name, classes)
+
 # %% ../nbs/05_quality.ipynb #d88e1467
 def filter_of(
-    name: str,  # auto, none, nct, calibrate, or a JSON file of thresholds
+    name: str,  # as in limits_named
     df: pd.DataFrame,  # metrics with label, width and height, a row per patch
     quantile: float = .05,  # see calibrate
 ) -> QualityFilter | None:  # None: nothing is rejected
@@ -475,12 +489,9 @@ def filter_of(
     if name == 'auto':
         own_scale = ((df.width == 224) & (df.height == 224)).all()
         name = 'nct' if own_scale and set(df.label) <= set(NCT_THRESHOLDS) else 'none'
-    where = f'--quality.thresholds {name}'
     if name == 'none': return None
-    if name == 'nct': return QualityFilter(NCT_THRESHOLDS, where=where)
-    if name == 'calibrate': limits = calibrate(df, quantile=quantile)
-    else: limits = load_thresholds(name)
-    return QualityFilter(limits, where=where)
+    limits = limits_named(name) or calibrate(df, quantile=quantile)
+    return QualityFilter(limits, where=f'--quality.thresholds {name}')
 
 # %% ../nbs/05_quality.ipynb #669d0f82-1
 def _plain(name): return f' {name}'.replace('$', r'\$')  # no formula, never hidden

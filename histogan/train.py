@@ -28,7 +28,7 @@ from .data import is_prepared, load_manifest, open_data, save_manifest
 from .dist import any_rank, elsewhere, from_first, gather, in_turn
 from .dist import on_first, processes, rank, step_traffic, world
 from .encoder import check_encoder, encoder_hashes, load_encoder
-from .encoder import real_features
+from .encoder import open_ahead, real_features
 from .guards import steps_differ
 from .log import RunLog, draw_grid, note_down, opening_line, plot_curves
 from .log import sample
@@ -124,8 +124,10 @@ def open_run(
     if not resume: on_first(claim, folder)
     if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
     check_share(cfg)
+    kept = (folder / 'artifacts' / 'encoder.safetensors').is_file()
+    ahead = {} if kept else open_ahead(cfg.encoder, cfg.data.image_size)
     data = open_patches(cfg, folder, resume)
-    encoder, cfg = open_encoder(cfg, data, folder)
+    encoder, cfg = open_encoder(cfg, data, folder, ahead)
     s = build(cfg, data.classes, encoder, total_steps(cfg, data))
     if cfg.encoder_cache: s.features = in_turn(cached_features, s, data, folder)
     if resume: resume_state(s, folder, data)
@@ -162,6 +164,7 @@ def open_encoder(
     cfg: Config,  # as parsed
     data,  # what open_data gave
     folder: Path,  # of the run
+    ahead: dict | None = None,  # networks that were opened before the data
 ) -> tuple:  # the encoder or None, on the run's device; cfg with its hashes
     "The frozen encoder; its weights are part of the run."
     device, file = pick_device(cfg), folder / 'artifacts' / 'encoder.safetensors'
@@ -169,7 +172,8 @@ def open_encoder(
     kept = file if file.is_file() or not was else None  # another one is not kept
     encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes),
                       data=data, cache_dir=folder.parent / 'cache',
-                      size=cfg.data.image_size, device=str(device), kept=kept)
+                      size=cfg.data.image_size, device=str(device), kept=kept,
+                      ahead=ahead)
     if encoder is None: return None, cfg
     check_encoder(encoder, was, file)
     found = tuple(f'{part} {sha}' for part, sha in encoder_hashes(encoder).items())

@@ -49,3 +49,36 @@ def test_from_training_to_report(tmp_path, case):
     assert all((tmp_path/'synth'/r['path']).resolve().is_relative_to(tmp_path/'synth') for r in drawn)
     report = (tmp_path/'run'/'MODEL_CARD.md').read_text(encoding='utf-8')
     assert all(label in report for label in labels) and 'procedural' not in report
+
+# ---- options that name a file: looked at before any work
+
+BAD_FILES = {
+    'thresholds: a word': (['histogan.prepare', 'data', '--quality.thresholds', 'off'], '--quality.thresholds off: is no file'),
+    'thresholds: no JSON': (['histogan.prepare', 'data', '--quality.thresholds', 'text'], 'text: is no JSON'),
+    'thresholds: other classes': (['histogan.prepare', 'data', '--quality.thresholds', 'nct'], 'class c0 is missing'),
+    'quantile': (['histogan.prepare', 'data', '--quality.quantile', '2'], '--quality.quantile'),
+    'stain target': (['histogan.prepare', 'data', '--stain.target', 'lost.png'], '--stain.target'),
+    'encoder: no file': (['histogan.train', '--encoder', 'pathoduet:lost.pth'], 'lost.pth: no such file'),
+    'encoder: no weights': (['histogan.train', '--encoder', 'cnn+timm:resnet18:text'], 'text'),
+    'encoder: no folder': (['histogan.train', '--encoder', 'timm:some/folder'], 'no such folder'),
+    'encoder: unknown': (['histogan.train', '--encoder', 'resnet'], 'must be one of'),
+    'walk: a kind': (['histogan.generate', 'run', '--walk', 'w.jpg'], 'ends in .png or .gif'),
+    'walk: no folder': (['histogan.generate', 'run', '--walk', 'lost/w.gif'], 'there is no folder lost'),
+    'onnx: no folder': (['histogan.generate', 'run', '--onnx', 'lost/g.onnx'], 'there is no folder lost'),
+    'bench: no folder': (['histogan.bench', '--json', 'lost/b.json'], 'there is no folder lost'),
+}
+
+@pytest.mark.parametrize('case', BAD_FILES)
+def test_a_file_that_an_option_names_is_looked_at_before_any_work(case, tmp_path, monkeypatch, capsys):
+    from histogan import bench, generate, prepare, train
+    args, line = BAD_FILES[case]
+    table(tmp_path/'data', ['a', 'b'], 3)
+    (tmp_path/'text').write_text('no numbers, no weights')
+    def too_late(*args, **kw): raise AssertionError('work began')
+    for module, name in ((prepare, '_work'), (prepare, '_pool'), (train, 'open_patches'), (generate, 'load_generator'), (bench, 'machine')):
+        monkeypatch.setattr(module, name, too_late)
+    monkeypatch.chdir(tmp_path)
+    data = ['--preset', 'smoke', '--data.manifest', 'data/m.csv', '--out', 'run'] if 'train' in args[0] else []
+    code = {'prepare': prepare, 'train': train, 'generate': generate, 'bench': bench}[args[0].split('.')[1]].main([*args[1:], *data])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and line in said[-1] and said[-1].startswith('error: '), said
