@@ -80,23 +80,24 @@ _OLD_CACHE = re.compile(
     r'(phantom-\d+px|judge|classifier|encoder-|features-|own_cnn|cnn-).*'
 )
 
+# %% ../nbs/02_folders.ipynb #bfd098ad
+_OWN = [(set(names.split()), what) for names, what in (
+    ('prepare.json', 'prepared dataset'), ('.part', 'prepared dataset'),
+    ('config.json checkpoints', 'run'), ('config.json artifacts', 'run'),
+    ('config.json metrics_gan.csv', 'run'),
+    ('samples checkpoints artifacts metrics', 'run'),  # before its first step
+    ('patches.csv', 'samples'), ('generate.json', 'samples'),
+    ('generator.json', 'generator'), (_TAG, 'cache'),
+    ('ablation.csv', 'ablation'), ('results grids cache', 'ablation'))]
+
 # %% ../nbs/02_folders.ipynb #4908d539-1
 def own_kind(
     names,  # of the files and folders in a folder
 ) -> str:  # in words; '' for what is not ours
-    "What this program made there, by the files that it leaves."
+    "What this program made there, by the files that it leaves, finished or not."
     names = set(names)
-    if names & {'prepare.json', '.part'}: return 'prepared dataset'
-    if 'config.json' in names and names & {
-        'checkpoints',
-        'artifacts',
-        'metrics_gan.csv',
-    }:
-        return 'run'
-    if 'patches.csv' in names: return 'samples'
-    if _TAG in names or (names and all(map(_OLD_CACHE.fullmatch, names))):
-        return 'cache'
-    return ''
+    old = names and all(map(_OLD_CACHE.fullmatch, names))
+    return next((what for need, what in _OWN if need <= names), 'cache' if old else '')
 
 # %% ../nbs/02_folders.ipynb #147ed7e1
 def is_own(
@@ -237,8 +238,8 @@ def _check_level(root, counts: dict):
     if splits:
         warn_line(
             f'{root}: the class names {", ".join(splits)} look like splits; if they '
-            f'are, give the training folder as --data.root and the other as '
-            f'--data.test-root'
+            f'are, give the training folder alone, and the other as the test root '
+            f'(train: --data.test-root, prepare: the second folder)'
         )
     shared = Counter(sub for name in deeper for sub in lower[name])
     twice = [sub for sub, n in shared.items() if n == len(counts) > 1]

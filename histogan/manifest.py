@@ -275,7 +275,8 @@ def _file_of(p): return m[0] if '#' in p and (m := member_of(p)) else p
 # %% ../nbs/02_manifest.ipynb #71f95a02
 def _said_base(path, found, base, root, option) -> list[str]:
     "Say it when the folder that was given is not the one."
-    if root and base != str(root):
+    top = os.path.join(os.path.realpath(root), '') if root else ''
+    if top and not os.path.join(os.path.realpath(base), '').startswith(top):
         warn_line(
             f'{path}: its files are not below {option} {root} but below '
             f'{base or "the working folder"}'

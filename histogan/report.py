@@ -65,8 +65,7 @@ def _located(r):
     "The manifest with the places of its files; None when there is none."
     if not len(r.manifest): return None
     d, path = r.cfg.data, r.folder / 'artifacts' / 'manifest.csv'
-    root = '' if r.cfg.is_phantom else d.root
-    return load_manifest(path, root, test_root=d.test_root)
+    return load_manifest(path, d.folder, test_root=d.test_root)
 
 # %% ../nbs/67_report.ipynb #54e20b45
 def _samples(r, k):

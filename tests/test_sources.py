@@ -15,7 +15,7 @@ from histogan.images import MIN_SIDE, read_rgb, resize
 from histogan.folders import added_since, is_own, mark_cache, scan
 from histogan.manifest import load_manifest, save_manifest
 from histogan.core import InputError
-from conftest import run_python
+from conftest import run_cli, run_python
 
 def tissue(seed, px=64):
     rng = np.random.default_rng(seed)
@@ -79,12 +79,29 @@ def test_the_classes_found_are_always_printed(toy, capsys):
 def test_own_output_is_no_class(toy, capsys):
     before = scan(toy)
     for name, files in {'outputs/smoke': ('config.json', 'checkpoints/x.pt', 'samples/step.png'), 'store': ('prepare.json', 'a.png'), 'half': ('.part/plan.json', 'a.png'),
+                        'begun/run': ('samples/step.png', 'checkpoints/.x', 'artifacts/grid.png', 'metrics/x'), 'drawn': ('generate.json', 'TUM/a.png'),
+                        'exported': ('generator.json', 'README.md'), 'table': ('ablation.csv', 'ablation_grids.jpg', 'grids/a.png'),
                         'made': ('patches.csv', 'TUM/a.png'), 'TUM/inner': ('config.json', 'artifacts/grid.png')}.items():
         for f in files: (toy/name/f).parent.mkdir(parents=True, exist_ok=True); Image.fromarray(tissue(1)).save(toy/name/f, format='PNG')
     mark_cache(toy/'outputs/cache'); (toy/'outputs/cache/X').mkdir(); Image.fromarray(tissue(1)).save(toy/'outputs/cache/X/a.png')
     assert scan(toy).equals(before) and is_own(toy/'made') and not is_own(toy)
     err = capsys.readouterr().err
-    assert err.count('\n') == 1 and all(w in err for w in ('left out what histogan wrote', '(run)', '(prepared dataset)', '(samples)'))
+    assert err.count('\n') == 1 and all(w in err for w in ('left out what histogan wrote', '(run)', '(prepared dataset)', '(samples)', '(generator)')), err
+    assert all(is_own(toy/name) for name in ('begun/run', 'drawn', 'exported', 'table', 'half', 'store'))
+
+def test_a_first_run_in_the_patches_own_folder(toy):
+    "The folder of a run is there before its patches are looked for."
+    run = run_cli(['histogan.train', '--preset', 'smoke', '--data.root', '.', '--data.image-size', '16', '--run.steps', '1', '--run.n-eval', '18'], cwd=toy)
+    assert run.rc == 0 and '2 classes in .: STR 12, TUM 12' in run.out and 'outputs (run)' not in run.out, run.err
+
+def test_files_below_the_folder_that_was_given_are_where_it_says(toy, tmp_path, capsys):
+    "One class: the folder that its files share is below the root, not another place."
+    one = scan(toy).query('label == "TUM"').assign(split='train', root=0)
+    path = save_manifest(one, tmp_path/'m.csv')
+    assert len(load_manifest(path, toy)) == 12 and capsys.readouterr().err == ''
+    fill(tmp_path/'other', TUM=1)
+    load_manifest(path, tmp_path/'other')
+    assert 'its files are not below --data.root' in capsys.readouterr().err
 
 # ---- links and kinds of file
 
