@@ -280,7 +280,7 @@ def draw_dirac(
     b.set(xlabel='step', ylim=(-2, 2))
     b.legend(fontsize=7)
     fig.suptitle(
-        ', '.join(f'{k}={v}' for k, v in how.items()) or 'logistic, no R1', fontsize=8
+        ', '.join(f'{k}={v}' for k, v in how.items()) or 'logistic, no R1', fontsize=9
     )
     return picture(fig, 80)
 

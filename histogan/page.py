@@ -219,7 +219,8 @@ class Fields:
         cells = [[code(r['name']), code(r['type']), code(r['default']),
                   r['meaning'], r['source']] for r in self.rows]
         safe = [' | '.join(c.replace('|', '\\|') for c in line) for line in cells]
-        return '\n'.join([head, '|---' * 5 + '|', *(f'| {line} |' for line in safe)])
+        widths = '|' + '|'.join('-' * n for n in (14, 9, 9, 30, 16)) + '|'
+        return '\n'.join([head, widths, *(f'| {line} |' for line in safe)])
 
 # %% ../nbs/08_page.ipynb #40ad6cae
 def field_table(

@@ -120,7 +120,7 @@ def _mix(matrix, x):  # (k, m), (m, n) -> (k, n) of the dtype of x
 def to_lab(
     img: np.ndarray,  # (H, W, 3) uint8
 ) -> np.ndarray:  # (3, H * W) float32: L in [0, 100], a, b
-    "sRGB bytes to CIE L*a*b*."
+    "sRGB bytes to CIE Lab."
     fx, fy, fz = _look(_CUBE_ROOT, _mix(_TO_XYZ, _LINEAR[img.reshape(-1, 3).T]))
     return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
@@ -186,7 +186,7 @@ def light_of(
     img: np.ndarray,  # (H, W, 3) uint8; or (N, H, W, 3): one slide
     cfg: StainConfig = StainConfig(),  # standardise, white, luminosity, black, edge
 ) -> Light:
-    "L*a*b*, and which pixels are tissue: black and glass are not."
+    "Lab, and which pixels are tissue: black and glass are not."
     lab, on = to_lab(img), not_black(img, cfg)
     clear = _middle(_inside(img, on), cfg.edge).ravel()
     seen = lab[0] if clear.all() else lab[0][clear]
@@ -343,7 +343,7 @@ def _measure_stains(img, method, cfg) -> Measured:
 
 # %% ../nbs/06_stain.ipynb #98879c44
 def _measure_lab(img, method, cfg) -> Measured:
-    "Mean and standard deviation of L*a*b*."
+    "Mean and standard deviation of CIE Lab."
     light = light_of(img, cfg)
     if reason := _unfit(light, cfg): return Measured(reason, {}, light.lab, light)
     lab = light.lab if light.clear.all() else light.lab[:, light.clear]

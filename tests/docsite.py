@@ -39,6 +39,8 @@ def add_figure(page, opts, outputs):
 
 def add_prose(page, text):
     "Record the anchors, links and references of a page's Markdown."
+    # a word in backticks within a link's text becomes a link in a link, which shows its brackets
+    page.faults += [f'a link within a link: {word}' for word in re.findall(r'\[\[`([^`]+)`\]\(', text)]
     page.anchors |= set(re.findall(r'\{#([\w-]+)', text)) | set(re.findall(r'\bid="([^"]+)"', text))
     for node in nodes(json.loads(pandoc(text, 'markdown', 'json', page.faults))['blocks']):
         kind, content = node['t'], node.get('c')

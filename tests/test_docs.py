@@ -110,6 +110,7 @@ def test_a_sound_page_passes(tmp_path):
     ([FRONT, md('See @fig-none.')], '@fig-none has no target'),
     ([FRONT, md('[x](nowhere.ipynb)')], 'nowhere.ipynb leads to no page'),
     ([FRONT, md('[x](https://example.org/x/b.html)')], 'b.html leads to no page'),
+    ([FRONT, md('[[`x`](https://example.org/x/a.html)](a.ipynb)')], 'a link within a link: x'),
     ([FRONT, md('[x](a.ipynb#none)')], 'a.ipynb#none has no such anchor'),
     ([FRONT, md('::: {.callout-note}\nnever closed')], 'unclosed'),
     ([FRONT, md('text\n::: closes nothing')], 'opens nothing'),
