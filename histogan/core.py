@@ -47,6 +47,7 @@ def say(
 
 # %% ../nbs/00_core.ipynb #c0re0018
 _SPACE = 'free some space or choose another place'
+_FILE = 'a file stands where a folder is needed; choose another place'
 _RIGHTS = 'you may not write there; change the permissions or choose another place'
 FIXES = dict(
     ENOSPC=_SPACE, EDQUOT='your share of the disk is used up; ' + _SPACE,
@@ -55,7 +56,7 @@ FIXES = dict(
     EIO='the disk does not answer as it should; choose another one',
     EMFILE='too many files are open; raise the limit (ulimit -n)',
     ENOENT='its folder does not exist; make it or choose another place',
-    ENOTDIR='a file stands where a folder is needed; choose another place',
+    ENOTDIR=_FILE, EEXIST=_FILE,
     EISDIR='a folder stands where the file is to go; choose another name',
     ENAMETOOLONG='choose a shorter name')
 

@@ -100,7 +100,8 @@ def run_program(
     finally: _COMMAND.reset(token)
 
 # %% ../nbs/00_process.ipynb #c0re0102
-_DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE'.split()  # the machine's faults
+# the machine's faults, and a file where a folder is needed
+_DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE EEXIST ENOTDIR ENAMETOOLONG'.split()
 
 # %% ../nbs/00_process.ipynb #c0re0102-1
 def _ending(e, interrupted):

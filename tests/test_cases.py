@@ -82,3 +82,17 @@ def test_a_file_that_an_option_names_is_looked_at_before_any_work(case, tmp_path
     code = {'prepare': prepare, 'train': train, 'generate': generate, 'bench': bench}[args[0].split('.')[1]].main([*args[1:], *data])
     said = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and line in said[-1] and said[-1].startswith('error: '), said
+
+@pytest.mark.parametrize('place', ['text', 'text/deeper', 'x' * 300])
+def test_a_file_where_a_folder_is_needed_is_one_line(place, tmp_path, monkeypatch, capsys):
+    from histogan import generate
+    from histogan.generator import Generator, GeneratorConfig
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'text').write_text('a file')
+    G = Generator(GeneratorConfig(img_res=16, num_classes=2, z_dim=8, w_dim=8, fmap_base=16, fmap_min=8))
+    G.classes = ['a', 'b']
+    G.save_pretrained(tmp_path/'G')
+    for option in ('--export', '--out'):
+        assert generate.main(['G', '--per-class', '1', option, place]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith('error: ') and 'choose' in line, line
