@@ -114,6 +114,9 @@ class _Found(NamedTuple):
     own: list  # (path, what) of folders that this program wrote
     links: list  # links that lead to other classes
 
+# %% ../nbs/02_folders.ipynb #4e1f708b
+def _hidden(name): return name[0] == '.' or name == '__MACOSX'  # of a zip made on a Mac
+
 # %% ../nbs/02_folders.ipynb #d76df493
 def _below(folder, root) -> _Found:
     "Look through a class folder."
@@ -134,7 +137,7 @@ def _below(folder, root) -> _Found:
         folders[:] = sorted(
             d
             for d in folders
-            if d[0] != '.' and not _leads_up(here, d, inside, top, found.links)
+            if not _hidden(d) and not _leads_up(here, d, inside, top, found.links)
         )
         _sort_files(here, files, found)
     found.images.sort()
@@ -178,7 +181,7 @@ def _class_folders(root) -> list[Path]:  # sorted
             f'or --data.manifest for a table'
         )
     try:
-        inside = sorted(p for p in root.iterdir() if p.name[0] != '.')
+        inside = sorted(p for p in root.iterdir() if not _hidden(p.name))
     except PermissionError:
         raise InputError(f'{root}: may not be listed; change its permissions') from None
     if own_kind(p.name for p in inside) == 'run':
@@ -217,7 +220,7 @@ def looks_like_split(
 # %% ../nbs/02_folders.ipynb #d8a83f66
 def _subfolders(folder) -> list[str]:  # none where images lie beside them
     "Names of the folders that stand where images are expected."
-    inside = [p for p in Path(folder).iterdir() if p.name[0] != '.']
+    inside = [p for p in Path(folder).iterdir() if not _hidden(p.name)]
     if any(p.suffix.lower() in IMAGE_SUFFIXES for p in inside): return []
     return sorted(p.name for p in inside if p.is_dir())
 

@@ -52,7 +52,8 @@ def _decoded(path) -> str:
             f'{path}: cannot be read: it is empty; give a CSV with the columns path, '
             f'label, split'
         )
-    return text
+    if '\r' not in text: return text
+    return text.replace('\r\n', '\n').replace('\r', '\n')  # of Windows, of old Macs
 
 # %% ../nbs/02_manifest.ipynb #661bc778
 def _header_names(line, sep) -> list[str]:

@@ -103,6 +103,12 @@ def test_files_below_the_folder_that_was_given_are_where_it_says(toy, tmp_path, 
     load_manifest(path, tmp_path/'other')
     assert 'its files are not below --data.root' in capsys.readouterr().err
 
+def test_what_a_mac_leaves_in_a_zip_is_no_class(toy):
+    before = scan(toy)
+    for name in ('__MACOSX/TUM/._a.png', 'TUM/__MACOSX/._a.png', 'TUM/._a.png', '.DS_Store'):
+        (toy/name).parent.mkdir(parents=True, exist_ok=True); (toy/name).write_bytes(b'Mac')
+    assert scan(toy).equals(before)
+
 # ---- links and kinds of file
 
 def test_a_link_upwards_adds_nothing(toy, capsys):
@@ -183,7 +189,7 @@ def test_no_false_alarm_on_real_patches(shared):
 # ---- tables
 
 @pytest.mark.parametrize('how', [dict(sep=';', header='path;label;split;group'), dict(sep='\t', header='path\tlabel\tsplit\tgroup'), dict(sep=', ', header='path, label, split, group'),
-                                 dict(header='Path,LABEL,Split,Group'), dict(encoding='utf-8-sig'), dict(encoding='utf-16'), dict(end='\r\n')])
+                                 dict(header='Path,LABEL,Split,Group'), dict(encoding='utf-8-sig'), dict(encoding='utf-16'), dict(end='\r\n'), dict(end='\r')])
 def test_tables_of_other_programs(rows, tmp_path, how):
     df = load_manifest(table(tmp_path/'m.csv', rows, **how))
     assert df.label.value_counts().to_dict() == dict(TUM=12, STR=12) and df.columns.tolist()[:4] == ['path', 'label', 'split', 'group']
