@@ -147,7 +147,7 @@ class Config:
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)  # NaN guard
     # what a checkpoint must show
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)  # average of G
+    ema: EmaConfig = field(default_factory=EmaConfig)  # the EMA generator
     run: RunConfig = field(default_factory=RunConfig)  # length and cadence
     # hashes of what the run was trained with
     made: Annotated[MadeConfig, tyro.conf.Suppress] = field(default_factory=MadeConfig)

@@ -40,7 +40,7 @@ class DiscriminatorConfig:
     head_in: int = 32  # channels a head keeps of its map; ≥ 1; modern preset
     head_ch: int = 64  # channels inside a head; ≥ 1; modern preset
     head_px: int = 16  # wider maps are halved by conv1; px; ≥ 1; measured below
-    # heads that judge two samples of a class together; poc False, modern True
+    # heads that see two samples of a class together; poc False, modern True
     pair: bool = False
     places: bool = False  # heads go on to 4×4 and add a logit for every place
     cross_scale: bool = False  # coarse maps are mixed into the finer ones
