@@ -158,13 +158,20 @@ def _leads_up(here, name, inside, top, links) -> bool:
 def _within(path, folder):
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
+# %% ../nbs/02_folders.ipynb #cbe50259
+def _leads_nowhere(path) -> bool:
+    "Is it a link to what is gone, perhaps a folder of patches on another disk?"
+    if os.path.splitext(path)[1].lower() in _SILENT: return False
+    return os.path.islink(path) and not os.path.exists(path)
+
 # %% ../nbs/02_folders.ipynb #91080cb5
 def _sort_files(here, files, found):
     "Pictures that are read, and those that are not."
     for f in files:
         if f[0] == '.': continue
         path = os.path.join(here, f)
-        if f.lower().endswith(IMAGE_SUFFIXES): found.images.append(path)
+        if f.lower().endswith(IMAGE_SUFFIXES) or _leads_nowhere(path):
+            found.images.append(path)  # a lost link is refused by name when it is read
         elif _is_picture_of_another_kind(path): found.others.append(path)
 
 # %% ../nbs/02_folders.ipynb #b344aebe
@@ -186,6 +193,9 @@ def _class_folders(root) -> list[Path]:  # sorted
         raise InputError(f'{root}: may not be listed; change its permissions') from None
     if own_kind(p.name for p in inside) == 'run':
         raise InputError(f'{root}: is a run of this program; {_GIVE}')
+    if lost := [p for p in inside if _leads_nowhere(p)]: raise InputError(
+        f'{lost[0]}: is a link to {os.readlink(lost[0])}, which does not exist; '
+        'remove it, or bring back what it leads to')
     stray = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()]
     if stray:
         raise InputError(
@@ -224,6 +234,14 @@ def _subfolders(folder) -> list[str]:  # none where images lie beside them
     if any(p.suffix.lower() in IMAGE_SUFFIXES for p in inside): return []
     return sorted(p.name for p in inside if p.is_dir())
 
+# %% ../nbs/02_folders.ipynb #7fc0c6f7
+def _unwrapped(folder) -> tuple[Path, list[str]]:
+    "Down through wrappers: the first folder that holds more than one, and their names."
+    for _ in range(9):
+        if len(names := _subfolders(folder)) != 1: break
+        folder = Path(folder, names[0])
+    return Path(folder), names
+
 # %% ../nbs/02_folders.ipynb #8be17d07
 def _check_level(root, counts: dict):
     "Refuse or warn where the first level does not look like classes."
@@ -232,11 +250,12 @@ def _check_level(root, counts: dict):
     splits = [name for name in counts if looks_like_split(name)]
     if splits and set(splits) <= set(deeper) and len(splits) == len(counts):
         _refuse_splits(root, splits, lower)
-    if len(counts) == 1 and len(lower[name := next(iter(counts))]) > 1:
+    place, names = _unwrapped(Path(root, name := next(iter(counts), '')))
+    if len(counts) == 1 and len(names) > 1:
         raise InputError(
             f'{root}: holds one folder, {name}, and the classes seem to be in it '
-            f'({named(lower[name], 5)}); give {Path(root, name)}, or list the patches '
-            f'in a table if {name} is one class'
+            f'({named(names, 5)}); give {place}, or list the patches in a table if '
+            f'{name} is one class'
         )
     if splits:
         warn_line(

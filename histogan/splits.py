@@ -295,11 +295,11 @@ def split(
 def _checked(df) -> pd.DataFrame:  # the same
     "A split made by hand: reported when it leaks, refused when nothing trains."
     if 'split' not in df:
-        raise InputError('manual_csv: the manifest has no column split; add it')
+        raise InputError('the manifest has no column split; add it')
     lost = sorted(set(df.label) - set(df.label[df.split == 'train']))
     if lost:
         raise InputError(
-            f'manual_csv: no training patch of {", ".join(lost)}; give every class at '
+            f'split by the table: no training patch of {", ".join(lost)}; give every class at '
             f'least one'
         )
     known = ((df.split != 'train') & df.unit.isin(df.unit[df.split == 'train'])).sum()

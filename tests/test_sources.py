@@ -103,6 +103,20 @@ def test_files_below_the_folder_that_was_given_are_where_it_says(toy, tmp_path, 
     load_manifest(path, tmp_path/'other')
     assert 'its files are not below --data.root' in capsys.readouterr().err
 
+def test_wrappers_within_wrappers(tmp_path):
+    fill(tmp_path/'r'/'download'/'v2'/'NCT-CRC-HE-100K', TUM=3, STR=3)
+    assert f'give {tmp_path/"r/download/v2/NCT-CRC-HE-100K"}' in says(scan, tmp_path/'r')
+    (tmp_path/'s'/'loop').mkdir(parents=True); (tmp_path/'s'/'loop'/'again').symlink_to('.')
+    assert 'without images' in says(scan, tmp_path/'s')
+
+def test_a_class_that_is_a_link_to_what_is_gone_is_not_lost_in_silence(toy):
+    (toy/'LYM').symlink_to('/another/disk/LYM')
+    assert f'{toy/"LYM"}: is a link to /another/disk/LYM, which does not exist' in says(scan, toy)
+    (toy/'LYM').unlink()
+    (toy/'TUM'/'more').symlink_to('/another/disk/more'); (toy/'STR'/'notes.txt').symlink_to('/gone')
+    assert len(scan(toy)) == 25
+    assert 'is a link to /another/disk/more' in says(open_data, DataConfig(root=str(toy), **SMALL), progress=False)
+
 def test_what_a_mac_leaves_in_a_zip_is_no_class(toy):
     before = scan(toy)
     for name in ('__MACOSX/TUM/._a.png', 'TUM/__MACOSX/._a.png', 'TUM/._a.png', '.DS_Store'):
