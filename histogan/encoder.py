@@ -143,6 +143,14 @@ def _no_none(spec):
     if 'none' not in parts_of(spec) or spec == 'none': return
     raise InputError(f'--encoder {spec}: none cannot be joined; leave it out')
 
+# %% ../nbs/24_encoder.ipynb #84a4b848
+def _calibrated(encoder, spec, data):
+    "Its own spec, and maps standardised on the data, unless it came calibrated."
+    encoder.spec = spec
+    if data is None or read_spec(spec).kind == 'cnn': return encoder
+    images = training_patches(data, 2 ** 26)[0]
+    return encoder.calibrate(evenly(images, 128 if encoder.size else 512))
+
 # %% ../nbs/24_encoder.ipynb #1ef3fec7
 def open_ahead(
     spec: str, # as for load_encoder
@@ -153,14 +161,6 @@ def open_ahead(
     alone = [s for s in parts_of(spec) if s not in ('none', 'cnn')]
     found = {s: _open(s, None, None, None, size, None, 'cpu', False) for s in alone}
     return {s: e for s, e in found.items() if read_spec(s).kind != 'cnn'}
-
-# %% ../nbs/24_encoder.ipynb #84a4b848
-def _calibrated(encoder, spec, data):
-    "Its own spec, and maps standardised on the data, unless it came calibrated."
-    encoder.spec = spec
-    if data is None or read_spec(spec).kind == 'cnn': return encoder
-    images = training_patches(data, 2 ** 26)[0]
-    return encoder.calibrate(evenly(images, 128 if encoder.size else 512))
 
 # %% ../nbs/24_encoder.ipynb #38dac19b
 def encoder_card(

@@ -424,7 +424,8 @@ class StainNormalizer:
         if fault:
             warn_line(
                 f'stain: patches keep their raw colours, because spams cannot be '
-                f'imported ({fault}); pip install spams-bin'
+                f'imported ({fault}); pip install spams-bin, or take '
+                '--stain.method macenko'
             )
         self.enabled = not fault
 
