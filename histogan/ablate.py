@@ -54,7 +54,7 @@ def recipe(
 
 # %% ../nbs/56_ablate.ipynb #83114bc6
 class Step(NamedTuple):
-    "One row of the path: fields that change from the recipe's value to `modern`'s."
+    "One row of the path: fields that change from `poc`'s value to `modern`'s."
     what: str  # for the table
     fields: tuple  # dotted names
     decides: bool = False  # repeated over all seeds
@@ -62,7 +62,7 @@ class Step(NamedTuple):
 # %% ../nbs/56_ablate.ipynb #83114bc6-1
 PATH = dict(
     poc=Step('the recipe, narrowed', (), True),
-    average=Step('average of G: half-life in images, with a ramp',
+    average=Step('EMA generator: half-life in images, with a ramp',
                  ('ema.half_life_img', 'ema.ramp')),
     heads=Step('heads on the encoder instead of a pixel D and its R1',
                ('heads', 'd.pixel', 'loss.r1_gamma', 'loss.adv_weight'), True),
@@ -127,7 +127,7 @@ NEIGHBOURS = {
     'moves': Neighbour('a third of all images mirrored, rotated and shifted', _MOVES),
     'random': Neighbour('an untrained encoder beside the small one',
                         {'encoder': 'cnn+random:1'}),
-    'lite0': Neighbour('an encoder of photographs beside the small one',
+    'lite0': Neighbour('an ImageNet-pretrained encoder beside the small one',
                        {'encoder': 'cnn+lite0'}, True),
     'sum': Neighbour('latent and class added', {'g.cond': 'sum'}),
     'no-d4': Neighbour('reals as they lie', {'run.d4': False}),
