@@ -486,21 +486,22 @@ dist    mine=local_rows whole=gather_batch
 downstream *=core,process,baseline Normalised=baseline._Normalised
         load_body=baseline._load_body read_kept=_read_kept Progress=_Progress
         case_line=_case_line save_csv=core.write_table save_figures=_save_figures
-encoder *=frozen,small_cnn,pretrained spread=images.evenly Joined=-frozen.join
+encoder *=frozen,small_cnn,pretrained spread=images.evenly Joined=frozen.Joined
 eval    *=core,process,reals,metrics together=reals.held_out say=_tell
-        judge_encoder=classifier_of half_name=-eval._note judge_note=-eval._note
+        judge_encoder=classifier_of half_name=-reals.parts_for judge_note=_note
+        deal=reals.parts_by_group
 gates   *=selection agreement=selection.class_accuracy spread=selection.mean_distance
         GatesConfig=selection.SelectionConfig GatesState=selection.SelectionState
         GatesVerdict=selection.SelectionVerdict gates_update=selection.selection_update
 generate write_batch=_write_batch mark=_mark
 judge   *=classifier Judge=classifier.HeldOutClassifier
         make_judge=classifier.fit_held_out judge_for=classifier.held_out_for
-        families_of=classifier.groups_of deal_families=-classifier.split_by_group
-        halves=-classifier.split_by_group as_reals=-classifier.HeldOutClassifier
+        families_of=classifier.groups_of deal_families=-splits.split_by_group
+        halves=-splits.split_by_group
 losses  weigh=weighted_sum
 phantom *=drawing
 prepare parse=options.parse_options look=chunks.process_file *=core,process,audit,chunks
-        STALL=-process.wait_for Share=-prepare.my_share
+        STALL=process.PATIENCE
 report  read_csv=core.read_table *=core,process,card data=_data curves=_curves
         samples=_samples distribution=_distribution copying=_copying shrunk=_shrunk
         classifier=_classifier hashes=_hashes environment=_environment folded=_folded
@@ -508,7 +509,7 @@ report  read_csv=core.read_table *=core,process,card data=_data curves=_curves
         audit=_audit read_events=card._read_events option=card._option
         measured=card._measured PACKAGES=_PACKAGES HASHED=_HASHED HEADS=_HEADS
         FIGURES=_FIGURES USES=card._USES NOT_FOR=card._NOT_FOR LIMITS=card._LIMITS
-        PHANTOM=card._PHANTOM SECTIONS=-report.report_html contact_sheet=-report._strip
+        PHANTOM=card._PHANTOM SECTIONS=_SECTIONS contact_sheet=-audit.sheet
 step    *=state
 train   catch_signals=process.interruption see=step.encode_batch Seen=step.EncodedBatch
         together=step.whole_batch descend=step.optimizer_step open_judge=open_choice

@@ -27,9 +27,11 @@ from .checkpoint import load_generator
 from .core import InputError, digest, file_digest, moved, read_json
 from .core import versions, warn_line, write_file, write_json
 from .core import write_table
-from .eval import EvalArgs, deal, draw_synthetic, fresh_phantom, pick, split_of
+from .eval import EvalArgs, draw_synthetic, pick
 from .options import parse_options
 from .process import run_program
+from .reals import fresh_phantom, split_of
+from .splits import split_by_group
 from .train import open_patches
 
 # %% ../nbs/65_downstream.ipynb #sources
@@ -99,7 +101,7 @@ def held_out(
             val = indexed(others, data.classes)
             about['val'] = f'{others.name}, other slides than the test'
     if len(test.y): return val, test, about
-    side = deal(val.y, groups, (.5, .5))
+    side = split_by_group(val.y, groups)[0]
     if len(set(side)) < 2: side = np.arange(len(side)) % 2
     half = "half of the run's val patches, which chose its best model, split by group"
     other = 'not the half that fits the temperature'

@@ -491,6 +491,10 @@ th, td { padding: .3em .4em } table { font-size: .85rem }
 details { margin: 1rem 0 } summary { cursor: pointer; color: var(--mark) }
 '''
 
+# %% ../nbs/67_report.ipynb #4b678447
+_SECTIONS = (_beside, _verdict, _over_time, _curves, _distribution, _copying,
+             _classifier, _data, _configuration, _environment)
+
 # %% ../nbs/67_report.ipynb #e4ada5c3
 def report_html(
     r: RunFiles,  # of the run
@@ -499,10 +503,8 @@ def report_html(
     lead = f'Preset {r.cfg.preset}, {r.cfg.data.image_size} px{scale_words(r)}'
     if 'classes' in r.card: lead += f", {len(r.card['classes'])} classes"
     if len(r.log): lead += f', {int(r.log.step.iloc[-1])} steps'
-    sections = (_beside, _verdict, _over_time, _curves, _distribution, _copying,
-                _classifier, _data, _configuration, _environment)
     name = r.folder.resolve().name
-    return page(f'Run {name}', lead + '.', *(s(r) for s in sections), style=STYLE)
+    return page(f'Run {name}', lead + '.', *(s(r) for s in _SECTIONS), style=STYLE)
 
 # %% ../nbs/67_report.ipynb #write
 def report(

@@ -424,9 +424,10 @@ def train(
         on_first(held.enter_context, locked(cfg.out))
         s, data, folder = open_run(cfg, resume)
         open_choice(s, data, folder)
-        log = open_log(s, folder, data)
-        if log: held.callback(log.close)
-        loop(s, data, folder, log, hook)
+        with interruption() as heard:  # from before it is said that steps begin
+            log = open_log(s, folder, data)
+            if log: held.callback(log.close)
+            loop(s, data, folder, log, heard, hook)
         if log: finish(s, folder, data, log)
         return s
 
@@ -436,6 +437,7 @@ def loop(
     data,  # what open_data gave
     folder: Path,  # of the run
     log: RunLog | None,  # None where another process writes
+    heard: list,  # not empty once the run is asked to end
     hook=None,  # as for train
 ):
     "The loop itself."
@@ -443,7 +445,7 @@ def loop(
     deadline = time.monotonic() + (r.max_hours or math.inf) * 3600
     bar = tqdm(total=s.total, initial=s.step, unit='step', smoothing=0.05,
                disable=None if log else True)
-    with interruption() as heard, bar:
+    with bar:
         while s.step < s.total:
             x, y, epoch, ids = next(steps)
             done = take_step(s, x, y, ids, epoch=epoch)

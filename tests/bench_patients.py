@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from histogan.copying import NEXT, layout_extractor, nearest, pixel_extractor, relative, tails, turns
+from histogan.copying import NEXT, layout_extractor, nearest, pixel_extractor, relative, tails
 from histogan.data import read_rgb, resize
 from histogan.encoder import random_encoder
 from histogan.features import to_batch
+from histogan.selection import poses
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -28,8 +29,9 @@ def main():
     x = {k: np.stack([resize(read_rgb(a.folder/p), 64) for p in d.path]) for k, d in sets.items()}
     print({k: len(v) for k, v in x.items()})
     for ex in (pixel_extractor(), layout_extractor(random_encoder(0).calibrate(x['train']), 'untrained')):
-        look = lambda p: torch.cat([ex.encode(b) for b in to_batch(p).split(64)]).numpy()
-        dist = {k: nearest([look(t) for t in turns(x[k])], look(x['train']), 1 + NEXT)[0] for k in ('honest', 'held')}
+        encode = lambda p: torch.cat([ex.encode(b) for b in p.split(64)]).numpy()
+        known = encode(to_batch(x['train']))
+        dist = {k: nearest([encode(t) for t in poses(to_batch(x[k]))], known, 1 + NEXT)[0] for k in ('honest', 'held')}
         for name, f in dict(absolute=lambda d: d[:, 0], relative=relative).items():
             t = tails(f(dist['honest']), f(dist['held']))
             print(ex.name, name, *(f'{k}: {v.share:.1%} (p = {v.p:.0e}, flagged {v.flagged})' for k, v in t.items()), sep='; ')

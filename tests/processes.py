@@ -29,7 +29,8 @@ def work(module, argv, log, env, before):
     code = 1
     try:
         if before: before()
-        code = importlib.import_module(module).main(argv)
+        sys.argv = [module, *argv]
+        code = importlib.import_module(module).main()  # as a command, whose second Ctrl-C ends it
     except KeyboardInterrupt: code = 130
     finally:
         sys.stdout.flush()

@@ -1,5 +1,5 @@
 "Names of version 0.1: each loads, from where it was, or says what does its work now."
-import importlib, re, warnings
+import ast, importlib, json, re, warnings
 
 import pytest
 
@@ -48,3 +48,33 @@ def test_old_names_point_at_something():
                 home, _, name = target.partition('.')
                 there = importlib.import_module(f'histogan.{home}')
                 assert not name or hasattr(there, name), f'{module}.{old} -> {target}'
+
+# the project itself uses the new ones
+
+def imported(text):
+    "(module, name) of what a text imports from modules of the package."
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ImportFrom): continue
+        found = re.fullmatch(r'(?:\.|histogan\.)(\w+)', '.' * node.level + (node.module or ''))
+        if found: yield from ((found[1], a.name) for a in node.names)
+
+def code_of(path):
+    "The Python of a file; magics of a notebook left out."
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.py': return text
+    cells = [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+    return '\n'.join('pass' if l.startswith(('%', '!')) else l for c in cells for l in c.splitlines())
+
+def not_there(pairs): return [f'{m}.{n}' for m, n in pairs if n not in vars(importlib.import_module(f'histogan.{m}'))]
+
+@pytest.mark.parametrize('folder', ['histogan', 'nbs', 'tests'])
+def test_the_project_uses_no_old_name(folder):
+    "Neither a module, at its top or within a function, nor a page, nor a test."
+    wrong = {}
+    for path in sorted([*(ROOT/folder).glob('*.py'), *(ROOT/folder).glob('*.ipynb')]):
+        if path.name == 'test_names.py': continue
+        if old := not_there(imported(code_of(path))): wrong[path.name] = old
+    assert not wrong, wrong
+
+def test_the_use_of_an_old_name_is_found():
+    assert sorted(not_there(imported('def f():\n    from .eval import deal, EvalArgs\nfrom histogan.judge import Judge\n'))) == ['eval.deal', 'judge.Judge']
