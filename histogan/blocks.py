@@ -359,8 +359,8 @@ class Block(nn.Module):
         else: x = self.conv1(upsample2(x), w, scales[0])
         if noise is not None:
             x = add_product(x, noise.to(x.dtype), self.noise_weight.to(x.dtype))
-        x = self.conv2(F.leaky_relu(x, SLOPE), w, scales[1])
-        return F.leaky_relu(x, SLOPE)
+        x = self.conv2(F.leaky_relu(x, SLOPE, True), w, scales[1])  # in place
+        return F.leaky_relu(x, SLOPE, True)
 
 # %% ../nbs/10_blocks.ipynb #683252d2
 def draw_crossover(

@@ -256,14 +256,19 @@ def pair_distance(
     gaps = [(s[0::2] - s[1::2]).square().mean(1) for s in stats.values()]
     return (torch.stack(gaps, 1) + eps).sqrt()
 
+# %% ../nbs/30_losses.ipynb #72a45e02
+def _mean_and_inverse(m, n, c, *sides):
+    "Mean and 1 / std of each channel; on a CPU 20 times faster than var_mean."
+    return torch.native_group_norm(m, None, None, n, c, math.prod(sides), c, 0)[1:]
+
 # %% ../nbs/30_losses.ipynb #d5f3f35a
 class _Moments(torch.autograd.Function):
     "Mean and standard deviation of every channel of several maps, side by side."
     @staticmethod
     def forward(ctx, shares, *maps):  # (ΣC,) 1 / (h w); (N, C, h, w) each
-        found = [torch.var_mean(m, (2, 3), correction=0) for m in maps]
-        var, mean = (torch.cat(t, 1) for t in zip(*found))
-        std = var.sqrt()
+        found = [_mean_and_inverse(m.contiguous(), *m.shape) for m in maps]
+        mean, inverse = (torch.cat(t, 1) for t in zip(*found))
+        std = inverse.reciprocal()  # 0 for an even map
         ctx.save_for_backward(shares, mean, std, *maps)
         return mean, std  # (N, ΣC) each
 

@@ -15,7 +15,7 @@ from torch import nn
 from .augment import AdaState
 from .checkpoint import load_part
 from .core import InputError
-from .device import Compiled, set_arithmetic
+from .device import Compiled, keep_memory, set_arithmetic
 from .discriminator import CombinedCondDiscriminator
 from .generator import Generator
 from .guards import GateState, NonFiniteState, SaturationState
@@ -139,6 +139,7 @@ def build(
     "Networks and optimisers, initialised from the seed."
     cfg, device = fit_to_data(cfg, len(classes), encoder), pick_device(cfg)
     set_arithmetic(cfg.run.deterministic, cfg.run.tf32)
+    keep_memory()
     if device.type == 'cuda' and cfg.run.deterministic and cfg.ada.enabled:
         raise InputError('--run.deterministic: the derivative of ADA has no fixed order '
                          'on CUDA; add --ada.no-enabled')
