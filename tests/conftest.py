@@ -14,6 +14,14 @@ class Run(NamedTuple):
     out: str
     err: str
 
+# the files that start many programs; with several workers they begin first, so that none of them is the last to end
+LONG = 'resume eval dist train runs encoder prepare ablate downstream docs wheel report outputs readme gpu_hour startup tree widgets generate python'.split()
+
+def pytest_collection_modifyitems(items):
+    "Long files first, all else as it was."
+    place = {f'test_{name}': k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 def run_python(args, cwd=None, env=None, timeout=600):
     "Run this Python with `args` on one thread, in a throwaway folder unless `cwd` is given, against the code of this tree."
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'NO_COLOR': '1', **(env or {})}

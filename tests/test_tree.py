@@ -48,6 +48,15 @@ def test_modules_are_what_the_notebooks_export(tree):
     nbdev(('doclinks', 'nbdev_export'), tree)
     assert changed(contents(ROOT/'histogan', '*.py'), contents(tree/'histogan', '*.py')) == []
 
+def test_a_new_version_changes_the_version_alone(tree):
+    "`__init__` is written by hand: nbdev puts the number into it and keeps its other lines."
+    nbdev(('release', 'nbdev_bump_version'), tree)
+    assert changed(contents(ROOT/'histogan', '*.py'), contents(tree/'histogan', '*.py')) == ['__init__.py']
+    old, new = ((top/'histogan'/'__init__.py').read_text(encoding='utf-8').splitlines() for top in (ROOT, tree))
+    assert old[0] != new[0] and new[0].startswith('__version__ = ') and old[1:] == new[1:] and new[-1].startswith('old_modules()')
+    run = run_python(['-W', 'ignore', '-c', 'import histogan; from histogan.judge import Judge; print(histogan.__version__)'], env={'PYTHONPATH': str(tree)})
+    assert run.rc == 0 and f'__version__ = "{run.out.strip()}"' == new[0], run.err
+
 def test_notebooks_are_clean(tree):
     nbdev(('clean', 'nbdev_clean'), tree)
     assert changed(contents(ROOT/'nbs', '*.ipynb'), contents(tree/'nbs', '*.ipynb')) == []
@@ -117,10 +126,13 @@ def names_used(source):
         if isinstance(node, (ast.Import, ast.ImportFrom)): yield from (a.name.split('.')[0] for a in node.names)
         if isinstance(node, ast.Attribute) and node.attr in ('write_text', 'write_bytes', 'read_text', 'read_bytes', 'to_csv', 'save', 'load'): yield f'.{node.attr}'
 
-def test_a_step_touches_no_files():
-    source = (ROOT/'histogan'/'step.py').read_text(encoding='utf-8')
+@pytest.mark.parametrize('module', ['state', 'step'])
+def test_a_step_touches_no_files(module):
+    source = (ROOT/'histogan'/f'{module}.py').read_text(encoding='utf-8')
     found = {n for n in names_used(source) if n in FILE_WORDS or n[0] == '.'}
-    assert not found, f'step uses {sorted(found)}'
+    assert not found, f'{module} uses {sorted(found)}'
+
+def test_a_touched_file_is_found():
     assert {n for n in names_used('import json\nopen(p)\ntorch.save(x)') if n in FILE_WORDS or n[0] == '.'} == {'json', 'open', '.save'}
 
 # no room too large
@@ -139,7 +151,7 @@ def test_a_module_can_be_read_in_one_sitting(module):
 ONCE = re.compile(r'os\.replace|fsync|sha256\(|read_csv|lockf|flock|os\._exit|to_csv|msvcrt')
 BESIDES = {  # module -> what it may name, and why
     'ablate': ('to_csv',),  # four digits: a table to read
-    'core': ('os.replace', 'fsync', 'sha256(', 'read_csv', 'lockf', 'to_csv', 'msvcrt'),
+    'core': ('os.replace', 'fsync', 'sha256(', 'read_csv', 'lockf', 'to_csv', 'msvcrt'),  # the one writer, hash, table reader and lock
     'process': ('os._exit',),  # a second signal, and a worker whose parent is gone
 }
 
