@@ -264,7 +264,8 @@ def from_dict(
     known = {f.name: f.type for f in fields(cls)}
     hints = typing.get_type_hints(cls)
     if not isinstance(data, dict):
-        raise InputError(f'config key {where[:-1]!r} is {data!r}, expected a section')
+        place = f'config key {where[:-1]!r} is' if where else 'the configuration is'
+        raise InputError(f'{place} {data!r}, expected a section {{…}}')
     for name in data:
         if name not in known:
             told = f'config key {where + name!r} is unknown'
