@@ -106,7 +106,7 @@ def _waiting(device):
 def _timed_config(a, preset, size, **how):
     "A preset at a size, or at the tiny one."
     size, batch = (16, 4) if a.tiny else (size, a.batch)
-    if a.tiny: how = how | dict(fmap_base=64) if preset == 'poc' else {}
+    if a.tiny: how |= dict(fmap_base=64 if preset == 'poc' else 0)
     return bench_config(preset, size, batch, device=a.device, **how)
 
 # %% ../nbs/57_bench.ipynb #fd30fecd
