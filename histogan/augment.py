@@ -45,9 +45,10 @@ class AdaConfig:
     ada_max_p: float = 0.12  # ADA_MAX_P: largest p; [0, 1]; original recipe
     # ADA_FREEZE_UNTIL: p = 0 before this step; original recipe
     ada_freeze_until: int = 500
-    # ADA_P_CAP_IF_ACC_HI: largest p then; original recipe
+    # ADA_P_CAP_IF_ACC_HI: largest p while acc_ema is above ada_acc_hi; [0, 1];
+    # original recipe
     ada_p_cap_if_acc_hi: float = 0.08
-    # acc_ema above which that cap holds; [0, 1]; original recipe
+    # acc_ema above which ada_p_cap_if_acc_hi holds; [0, 1]; original recipe
     ada_acc_hi: float = 0.9
     # logit that counts as 'real'; original recipe 0
     acc_threshold: float | Literal['equilibrium'] = 0.0

@@ -128,10 +128,10 @@ class DownstreamConfig:
     # small, a timm network, or auto: small to 64 px, else mobilenetv2_100
     model: str = 'auto'
     weights: str = ''  # file of the timm network's weights; empty: untrained
-    steps: int = 800  # optimiser steps of every training; ≥ 1; measured below
-    batch_size: int = 32  # patches per step; ≥ 2; CNNConfig's
-    lr: float = 0.0  # peak of the cycle; 0: 4e-3 small (CNNConfig's), 1e-3 timm
-    jitter: float = 0.3  # change of log density; ≥ 0; CNNConfig's
+    steps: int = 800  # optimiser steps of every training; ≥ 1; measured
+    batch_size: int = 32  # patches per step; ≥ 2; as CNNConfig
+    lr: float = 0.0  # largest learning rate; 0: 4e-3 small (as CNNConfig), 1e-3 timm
+    jitter: float = 0.3  # augmentation: change of log stain density; ≥ 0; as CNNConfig
     seeds: int = 3  # trainings of every kind; ≥ 1; decided
     few: tuple[int, ...] = (10, 50, 200)  # reals per class of the curve; decided
     # N_SYNTH_PER_CLASS: synthetic patches of a class; original recipe

@@ -44,10 +44,12 @@ class OptimConfig:
     betas: tuple[float, float] = (0.0, 0.99)
     # gradient clipping: largest norm of G's and of D's; > 0; original recipe
     grad_clip: float = 1.0
-    schedule: Literal['cosine', 'tail', 'constant'] = 'cosine'  # USE_LR_SCHEDULER
+    # USE_LR_SCHEDULER: learning rate; tail: falls in the last 40 % of the run (modern)
+    schedule: Literal['cosine', 'tail', 'constant'] = 'cosine'
     # LR_FINAL_RATIO: end over start; [0, 1]; original recipe
     lr_final_ratio: float = 0.01
-    total_steps_estimate: int = 12_500  # TOTAL_STEPS_ESTIMATE; 0 = the true number
+    # TOTAL_STEPS_ESTIMATE: steps over which the cosine falls; 0 = those of the run
+    total_steps_estimate: int = 12_500
     warmup: int = 0  # steps of linear warm-up ('tail' only); modern 50
 
     def __post_init__(self):
@@ -133,7 +135,7 @@ class Config:
     # keep the embeddings of reals; exact without augmentation
     encoder_cache: bool = False
     heads: bool = False  # discriminator heads on the encoder's maps
-    # size of networks, batch and run; what else is given wins; see Presets
+    # size of networks, batch and run, small to large; an option that is given wins
     scale: Literal['S', 'M', 'L'] = 'S'
     data: DataConfig = field(default_factory=DataConfig)  # patches, splits, batches
     phantom: PhantomConfig = field(default_factory=PhantomConfig)  # embedded data
@@ -159,7 +161,7 @@ class Config:
             raise ValueError('heads need an encoder: give encoder, for example cnn')
         if self.d.pair and not self.data.pairs:
             raise ValueError(
-                'd.pair needs data.pairs: pair heads judge two images of a class; '
+                'd.pair needs data.pairs: pair heads take two images of a class; '
                 'add --d.no-pair to --data.no-pairs'
             )
 

@@ -39,7 +39,8 @@ class DiscriminatorConfig:
     heads: tuple[int, ...] = ()  # channels of the encoder's maps, a head each
     head_in: int = 32  # channels a head keeps of its map; ≥ 1; modern preset
     head_ch: int = 64  # channels inside a head; ≥ 1; modern preset
-    head_px: int = 16  # wider maps are halved by conv1; px; ≥ 1; measured below
+    # wider maps are halved first; px; ≥ 1; measured, 20_discriminator
+    head_px: int = 16
     # heads that see two samples of a class together; poc False, modern True
     pair: bool = False
     places: bool = False  # heads go on to 4×4 and add a logit for every place

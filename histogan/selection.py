@@ -229,20 +229,22 @@ def _with_equal_numbers(f, a, b, C):
 @dataclass(frozen=True)
 class SelectionConfig:
     "What a generator must show; every threshold can be moved."
-    # mean over classes, relative to the accuracy on reals; [0, 1]; modern
+    # classifier accuracy of samples over that of reals, mean of classes; [0, 1]; modern
     min_accuracy: float = 0.9
-    min_class_accuracy: float = 0.7  # worst class, likewise; [0, 1]; modern
-    # mean over classes, in features and in pixels; ≥ 0; modern
+    min_class_accuracy: float = 0.7  # the same of the worst class; [0, 1]; modern
+    # diversity over that of reals, mean of classes, features and pixels; ≥ 0; modern
     min_diversity: float = 0.8
-    max_diversity: float = 1.2  # likewise; > min_diversity; modern
+    max_diversity: float = 1.2  # the same at most; > min_diversity; modern
     max_layout: float = 0.2  # layout correlation, worst class; (0, 1]; modern
-    # mean over classes; reals 0.05; (0, 1]; measured below
+    # share of repeated samples, mean of classes; reals 0.05; (0, 1]; 42_selection
     max_repeats: float = 0.2
-    # worst class; [max_repeats, 1]; measured below
+    # the same of the worst class; [max_repeats, 1]; measured, 42_selection
     max_class_repeats: float = 0.3
-    max_fd_ratio: float = 5.0  # over the distance between reals; ≥ 1; modern
-    collapse: float = 0.5  # diversity that counts as mode collapse; ≥ 0; measured below
-    # scores this near are equal, the newer wins; ≥ 0; measured below
+    # Fréchet distance over that between two sets of reals; ≥ 1; modern
+    max_fd_ratio: float = 5.0
+    # diversity that counts as mode collapse; ≥ 0; measured, 42_selection
+    collapse: float = 0.5
+    # scores this near are equal, the newer wins; ≥ 0; measured, 42_selection
     tie: float = 0.15
 
     def __post_init__(self): _check(self)

@@ -128,7 +128,7 @@ def known_vectors(
     s: TrainState,  # read only
     ids: torch.Tensor | None,  # (N,) of the reals of this step
 ) -> torch.Tensor | None:  # (N, d) on the device; None: ask the encoder
-    "Kept vectors of the reals, in steps in which they are exact."
+    "Cached embeddings of the reals, in steps in which they are exact."
     if s.features is None or ids is None or s.ada.p > 0: return None
     return torch.from_numpy(s.features[ids.numpy()]).to(s.device)
 
