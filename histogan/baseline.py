@@ -22,6 +22,7 @@ from typing import NamedTuple
 from .core import InputError, digest
 from .encoder import SmallCNN, cnn_augment, read_tensors, unwrap
 from .eval import pick
+from .small_cnn import cycle_steps
 
 # %% ../nbs/64_baseline.ipynb #patches
 class Examples(NamedTuple):
@@ -168,7 +169,7 @@ def fit(
     "AdamW, one cycle of the learning rate, cross-entropy."
     opt = torch.optim.AdamW(net.train().parameters(), cfg.lr, weight_decay=0.01)
     lr = torch.optim.lr_scheduler.OneCycleLR(
-        opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.2)
+        opt, cfg.lr, total_steps=cycle_steps(cfg.steps), pct_start=0.2)
     for _, (x, y) in zip(range(cfg.steps), batches):
         opt.zero_grad(set_to_none=True)
         F.cross_entropy(net(x), y).backward()

@@ -96,3 +96,14 @@ def test_a_file_where_a_folder_is_needed_is_one_line(place, tmp_path, monkeypatc
         assert generate.main(['G', '--per-class', '1', option, place]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith('error: ') and 'choose' in line, line
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 4, 5, 9])
+def test_a_training_of_any_length_has_a_schedule(steps):
+    "With four steps, the warm-up of torch's cycle ended where it began: a division by zero."
+    import torch
+    from histogan.baseline import DownstreamConfig, fit
+    from histogan.small_cnn import CNNConfig, train_cnn
+    x, y = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2
+    train_cnn(x.permute(0, 2, 3, 1).numpy(), y.numpy(), 2, CNNConfig(steps=steps, batch_size=4, widths=(4, 8)))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
+    fit(net, ((x.float(), y) for _ in range(steps)), DownstreamConfig(steps=steps, lr=1e-3))
