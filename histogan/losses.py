@@ -442,12 +442,10 @@ class LossConfig:
     saturation_limit: float = 0.6 # mean |pixel| that is free; [0, 1]; original recipe
     # LAMBDA_FEATURE_MATCHING: weight of D's feature MSE; >= 0; original recipe
     lambda_feature_matching: float = 0.1
-    # USE_MIXING_REG: penalise a low variance within a batch; original recipe
-    use_mixing_reg: bool = True
+    use_mixing_reg: bool = True # USE_MIXING_REG: penalise low variance; original recipe
     # MIXING_REG_WEIGHT: weight of that penalty; >= 0; original recipe
     mixing_reg_weight: float = 0.1
-    # variance above which nothing is penalised; >= 0; original recipe
-    mixing_target: float = 0.1
+    mixing_target: float = 0.1 # variance that is not penalised; >= 0; original recipe
     pair_weight: float = 0.0 # weight of the pair term; >= 0; modern 4.0, demo 0.5
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
