@@ -138,8 +138,8 @@ def step_rows(
                  lambda form: keep_memory(form not in own))
     note = f'{preset}, {cfg.data.image_size} px, batch {len(y)}, plainly in float32'
     kind = dict(off='float32')
-    return [compared(f'{name} {kind.get(form, form)}', found[form], found['plain'], note)
-            for form in (*amps, GIVEN_BACK)]
+    return [compared(f'{name} {kind.get(k, k)}', found[k], found['plain'], note)
+            for k in (*amps, GIVEN_BACK)]
 
 # %% ../nbs/57_bench.ipynb #23381c35
 @torch.no_grad()
@@ -308,9 +308,9 @@ def growth_rows(
 ) -> list[Row]:  # skipped, with the reason, where the disk is too small
     "Batches and memory at 100,000 patches beside 1,000."
     sizes = (180, 360, 16) if a.tiny else (1000, 100_000, 64)
-    need, free = 2 * sizes[1] * sizes[2]**2 * 3, shutil.disk_usage(tempfile.gettempdir()).free
-    if free < need:
-        why = f'skipped: {need / 1e9:.1f} GB are needed in {tempfile.gettempdir()}'
+    place, need = tempfile.gettempdir(), 6 * sizes[1] * sizes[2]**2
+    if shutil.disk_usage(place).free < need:
+        why = f'skipped: {need / 1e9:.1f} GB are needed in {place}'
         return [Row('growth', None, note=why)]
     return [Row(**r, low=r['ratio'], high=r['ratio']) for r in scale_rows(*sizes)]
 
