@@ -101,9 +101,16 @@ def share(self: RunLog) -> float:
 # %% ../nbs/53_log.ipynb #6262c76c
 def records(
     path: Path,  # text file, one record per line
-) -> list[str]:  # its lines; a torn last one is left out
-    "What was written whole."
-    return path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []
+    read=str,  # what becomes of a line, json.loads for one
+) -> list:  # a torn last line is left out
+    "What was written whole; InputError names a damaged line."
+    whole = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+    def one(k, line):
+        try: return read(line.decode())
+        except (ValueError, LookupError, TypeError):
+            told = f'{path}, line {k}: damaged; delete the line or take the file'
+            raise InputError(f'{told} from a copy') from None
+    return [one(k, line) for k, line in enumerate(whole, 1)]
 
 # %% ../nbs/53_log.ipynb #6262c76c-1
 def continue_events(
@@ -111,8 +118,8 @@ def continue_events(
     step: int,  # of the checkpoint
 ):
     "Drop events after the checkpoint."
-    kept = [l for l in records(path) if json.loads(l)['step'] <= step]
-    write_file(path, ''.join(l + '\n' for l in kept))
+    stepped = records(path, lambda l: (json.loads(l)['step'], l))
+    write_file(path, ''.join(l + '\n' for n, l in stepped if n <= step))
 
 # %% ../nbs/53_log.ipynb #6262c76c-2
 def continue_table(
@@ -120,11 +127,14 @@ def continue_table(
     step: int,  # of the checkpoint
 ) -> tuple:  # columns of the rows to come
     "Drop rows after the checkpoint; put older rows under today's columns."
-    first, *rows = [l.split(',') for l in records(path)] or [list(COLUMNS)]
+    first = next((l.split(',') for l in records(path)), list(COLUMNS))
     if 'step' not in first:
         raise InputError(f'{path}: has no column step; not the table of a run')
     columns = (*COLUMNS, *(c for c in first if c not in COLUMNS))
-    kept = [dict(zip(first, r)) for r in rows if int(r[first.index('step')]) <= step]
+    at, split = first.index('step'), lambda l: l.split(',')
+    numbered = lambda l: (split(l), -1 if split(l) == first else int(split(l)[at]))
+    rows = records(path, numbered)[1:]
+    kept = [dict(zip(first, r)) for r, n in rows if n <= step]
     lines = [columns, *([r.get(c, '') for c in columns] for r in kept)]
     write_file(path, ''.join(','.join(l) + '\n' for l in lines))
     return columns
@@ -416,7 +426,7 @@ def mark_events(
     path: Path,  # events.jsonl
 ):
     "One thin line per guard event, coloured by guard."
-    for e in map(json.loads, records(path)):
+    for e in records(path, json.loads):
         colour = _COLOURS.get(e['guard'], 'tab:purple')
         if e['action'] != 'scored':
             ax.axvline(e['step'], color=colour, lw=0.6, alpha=0.6)
