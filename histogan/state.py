@@ -139,7 +139,7 @@ def build(
     "Networks and optimisers, initialised from the seed."
     cfg, device = fit_to_data(cfg, len(classes), encoder), pick_device(cfg)
     set_arithmetic(cfg.run.deterministic, cfg.run.tf32)
-    keep_memory()
+    if device.type == 'cpu': keep_memory()
     if device.type == 'cuda' and cfg.run.deterministic and cfg.ada.enabled:
         raise InputError('--run.deterministic: the derivative of ADA has no fixed order '
                          'on CUDA; add --ada.no-enabled')
