@@ -110,7 +110,8 @@ _PIXEL = {'d.pixel': True, 'gate.alpha_max': 0.}
 # %% ../nbs/56_ablate.ipynb #2e29bf81
 NEIGHBOURS = {
     'no-pair': Neighbour('without the pair term', {'loss.pair_weight': 0.}),
-    'pair-triple': Neighbour('three times the pair term', {'loss.pair_weight': times(3)}),
+    'pair-triple': Neighbour('three times the pair term',
+                             {'loss.pair_weight': times(3)}),
     'mixing': Neighbour('style mixing', {'g.use_style_mixing': True}),
     'noise': Neighbour('noise weighted for each channel', {'g.noise': 'channel'}),
     'places': Neighbour('heads that go on to 4×4', {'d.places': True}),
@@ -118,7 +119,8 @@ NEIGHBOURS = {
     'pair-x3': Neighbour('three times the pair term instead of the layout term',
                          {'loss.pair_weight': times(3), 'loss.layout_weight': 0.}),
     'layout-half': Neighbour('half the layout term', {'loss.layout_weight': times(.5)}),
-    'layout-double': Neighbour('twice the layout term', {'loss.layout_weight': times(2)}),
+    'layout-double': Neighbour('twice the layout term',
+                               {'loss.layout_weight': times(2)}),
     'logistic': Neighbour('logistic loss', {'loss.adversarial': 'logistic'}),
     'hinge': Neighbour('hinge loss', {'loss.adversarial': 'hinge'}),
     'pixel': Neighbour('a pixel D beside the heads', _PIXEL, True),
@@ -490,8 +492,8 @@ def plan(
     "Sizes and order of everything."
     small = (16, min(a.steps, 12), 1)
     size, steps, seeds = small if a.quick else (a.size, a.steps, a.seeds)
-    base = override(modern(size, pair_weight=0.5), {'data.root': 'phantom', 'data.test_frac': 0.,
-                                   'run.steps': steps, 'd.d_base_ch': D_WIDTH})
+    base = override(modern(size, .5), {'data.root': 'phantom', 'data.test_frac': 0.,
+                                       'run.steps': steps, 'd.d_base_ch': D_WIDTH})
     amp = pick_amp(base, pick_device(base))  # rows of one table share their arithmetic
     base = override(base, {'run.amp': amp})
     if a.quick: base = override(base, {'encoder': 'random:0', 'phantom.per_class': 12,

@@ -107,7 +107,8 @@ def test_killed_after_every_write_the_store_is_the_same(patches, tmp_path, monke
     assert n > 15, n
 
 HOLD = '''
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
+if multiprocessing.parent_process() is None: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def held(f, real=os.fsync):
     real(f)
     if multiprocessing.parent_process() is None or not os.path.isdir(os.environ['HOLD']): return
