@@ -22,7 +22,8 @@ NO_WORK = frozenset('''alias as_strided as_strided_ can_cast chunk conj contiguo
     is_same_size item lift_fresh movedim narrow new_empty new_empty_strided numpy_T
     permute promote_types requires_grad_ reshape resize_ resize_as_ resolve_conj
     resolve_neg result_type select set_ set_data slice split split_with_sizes squeeze
-    squeeze_ t to to_dense transpose transpose_ unbind unflatten unfold unsafe_split
+    squeeze_ sum_to_size t to to_dense transpose transpose_ unbind unflatten unfold
+    unsafe_split
     unsqueeze unsqueeze_ view view_as _has_compatible_shallow_copy_type
     _local_scalar_dense _nnpack_available _reshape_alias _to_copy _unsafe_view
     is_nonzero matrix_H mT mH'''.split())
