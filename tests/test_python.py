@@ -12,7 +12,7 @@ BLOCKS = re.findall(r'^```python\n(.*?)^```', readme.README.read_text(encoding='
 def test_there_are_two(): assert len(BLOCKS) == 2
 
 def test_a_generator_in_five_lines(tmp_path):
-    code = BLOCKS[0].replace("'nbs/histo5_128'", repr(str(readme.ROOT/'nbs'/'histo5_128')))
+    code = BLOCKS[0].replace("'nbs/ebhi_128'", repr(str(readme.ROOT/'nbs'/'ebhi_128')))
     run = run_python(['-c', code + "\nassert x.shape == (8, 3, 128, 128) and x.isfinite().all()"], cwd=tmp_path)
     assert run.rc == 0, run.err
 
