@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SCALES', 'OLD_KEYS', 'OLD_VALUES', 'FIXED', 'FREE', 'OptimConfig', 'RunConfig', 'PhantomConfig',
-           'MadeConfig', 'Config', 'widths_for', 'modern', 'turned', 'from_dict', 'expected', 'renewed', 'load_config',
-           'save_config', 'fit_to_data', 'device_name', 'pick_device', 'pick_amp', 'get', 'override', 'differing',
-           'flat', 'TrainArgs', 'parse_args', 'sized', 'fixed', 'resume_args', 'fitted_like']
+           'MadeConfig', 'Config', 'widths_for', 'modern', 'on_phantom', 'turned', 'from_dict', 'expected', 'renewed',
+           'load_config', 'save_config', 'fit_to_data', 'device_name', 'pick_device', 'pick_amp', 'get', 'override',
+           'differing', 'flat', 'TrainArgs', 'parse_args', 'sized', 'fixed', 'resume_args', 'fitted_like']
 
 # %% ../nbs/50_config.ipynb #71c36a77
 import os
@@ -207,13 +207,20 @@ def modern(
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True),
         ema=EmaConfig(half_life_img=3000.0), run=run)
 
+# %% ../nbs/50_config.ipynb #a3b47ffa
+def on_phantom(
+    res: int,  # side of the image; px; power of two ≥ 16
+) -> Config:
+    "`modern` on drawings. They vary less than tissue: a pair term of 0.5; results."
+    base = modern(res, pair_weight=0.5)
+    return replace(base, data=replace(base.data, root='phantom', test_frac=0.0))
+
 # %% ../nbs/50_config.ipynb #16338ff3
 def _demo() -> Config:
     "`modern` at 64 px on the phantom."
-    base = modern(64, pair_weight=0.5)  # drawings vary less than tissue; results
+    base = on_phantom(64)
     return replace(
         base, preset='demo', out='outputs/demo',
-        data=replace(base.data, root='phantom', test_frac=0.0),
         run=replace(base.run, steps=2500, sample_every=250, save_every=500),
     )
 
