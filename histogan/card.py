@@ -89,10 +89,10 @@ class RunFiles:
         return read_json(path) if path.exists() else {}
 
 # %% ../nbs/66_card.ipynb #readers
-def _table(path, numbers=()):
+def _table(path, numbers=(), **how):
     "A table, if it is there and holds something."
     if not path.exists() or not path.stat().st_size: return pd.DataFrame()
-    return read_table(path, numbers)
+    return read_table(path, numbers, **how)
 
 # %% ../nbs/66_card.ipynb #66902207
 def _read_events(path):
@@ -118,7 +118,8 @@ def read_run(
     card = load_checkpoint(best).get('card', {}) if best.exists() else {}
     return RunFiles(folder, load_config(folder),
                     _table(folder / 'artifacts' / 'manifest.csv'),
-                    _table(folder / 'metrics_gan.csv', lambda c: c in COLUMNS),
+                    _table(folder / 'metrics_gan.csv', lambda c: c in COLUMNS,
+                           growing=True),
                     _read_events(folder / 'events.jsonl'), card)
 
 # %% ../nbs/66_card.ipynb #counts

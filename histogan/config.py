@@ -16,7 +16,7 @@ import os
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 # %% ../nbs/50_config.ipynb #788c73f3
-import dataclasses, types, typing
+import dataclasses, math, types, typing
 import tyro
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -123,6 +123,15 @@ class MadeConfig:
     encoder: tuple[str, ...] = ()  # each part of it with the sha256 of its weights
     classifier: str = ''  # sha256 of the held-out classifier
 
+# %% ../nbs/50_config.ipynb #fde69c41
+def _numbers(part, where=''):
+    "Every float of a configuration with its dotted name; NaN passes any other check."
+    for f in fields(part):
+        v, name = getattr(part, f.name), where + f.name
+        if dataclasses.is_dataclass(v): yield from _numbers(v, name + '.')
+        some = v if isinstance(v, tuple) else (v,)
+        yield from ((name, x) for x in some if isinstance(x, float))
+
 # %% ../nbs/50_config.ipynb #90f52e9c-4
 @dataclass(frozen=True)
 class Config:
@@ -155,6 +164,9 @@ class Config:
     made: Annotated[MadeConfig, tyro.conf.Suppress] = field(default_factory=MadeConfig)
 
     def __post_init__(self):
+        for name, x in _numbers(self):
+            if not math.isfinite(x): raise ValueError(f'{name} is {x}; give a number')
+        if not self.out: raise ValueError('out is empty; name a folder')
         if not self.heads and not self.d.pixel:
             raise ValueError('heads and d.pixel are both off: no discriminator is left')
         if self.heads and self.encoder == 'none':
@@ -506,7 +518,8 @@ def parse_args(
     split = lambda a: a.split('=', 1) if a.startswith('--') and '=' in a else [a]
     argv = [part for a in argv for part in split(a)]
     given = dict(zip(argv, argv[1:]))
-    preset, resume = given.get('--preset', default), given.get('--resume', '')
+    preset, resume = given.get('--preset', default), given.get('--resume')
+    if resume == '': raise InputError('--resume: is empty; name the folder of a run')
     if resume and resume != 'auto': return resume_args(argv, resume)
     if preset not in PRESETS:
         told = f'--preset {preset}: unknown; choose one of {", ".join(PRESETS)}'

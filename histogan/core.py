@@ -217,9 +217,10 @@ def read_table(
     numbers=(),
     columns=None,  # names that must be there
     only: bool = False,  # read columns alone
+    growing: bool = False,  # a last line that is not whole yet is left out
 ):  # DataFrame
     "Read a table as it was written; a fault names file, line and column."
-    df = _read_text(path, columns if only else None)
+    df = _read_text(path, columns if only else None, growing)
     lost = [c for c in columns or () if c not in df.columns]
     if lost:
         found = ', '.join(map(str, df.columns))[:120]
@@ -228,12 +229,13 @@ def read_table(
     return df.assign(**{c: _floats(df[c], path) for c in df.columns if wanted(c)})
 
 # %% ../nbs/00_core.ipynb #c0re0050
-def _read_text(path, only):
+def _read_text(path, only, growing):
     "Every cell as text."
-    import pandas as pd
+    import io, pandas as pd
     keep = None if only is None else set(only).__contains__
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False,
+        whole = growing and Path(path).read_bytes().rpartition(b'\n')[0]
+        return pd.read_csv(io.BytesIO(whole) if growing else path, dtype=str, keep_default_na=False, na_filter=False,
                            encoding='utf-8-sig', usecols=keep)
     except (FileNotFoundError, NotADirectoryError): why = 'no such table'
     except pd.errors.EmptyDataError: why = 'is empty; make it again'

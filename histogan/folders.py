@@ -53,7 +53,7 @@ def _is_picture_of_another_kind(path) -> bool:
     "Does a file that is not read look like a picture, by suffix or first bytes?"
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _OTHER: return True
-    if suffix in _SILENT: return False
+    if suffix in _SILENT or not os.path.isfile(path): return False  # a pipe never ends
     try:
         with open(path, 'rb') as f: start = f.read(132)
     except OSError:
@@ -96,8 +96,10 @@ def own_kind(
 ) -> str:  # in words; '' for what is not ours
     "What this program made there, by the files that it leaves, finished or not."
     names = set(names)
-    old = names and all(map(_OLD_CACHE.fullmatch, names))
-    return next((what for need, what in _OWN if need <= names), 'cache' if old else '')
+    if any(n.lower().endswith(IMAGE_SUFFIXES) for n in names):
+        names.discard('patches.csv')  # a user's, beside the patches that it lists
+    elif names and all(map(_OLD_CACHE.fullmatch, names)): return 'cache'
+    return next((what for need, what in _OWN if need <= names), '')
 
 # %% ../nbs/02_folders.ipynb #147ed7e1
 def is_own(
@@ -115,7 +117,12 @@ class _Found(NamedTuple):
     links: list  # links that lead to other classes
 
 # %% ../nbs/02_folders.ipynb #4e1f708b
-def _hidden(name): return name[0] == '.' or name == '__MACOSX'  # of a zip made on a Mac
+# what systems put into folders: Mac's zips, Synology's thumbnails, Windows, ext4
+_SYSTEM = {'__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'lost+found',
+           'System Volume Information'}
+
+# %% ../nbs/02_folders.ipynb #4e1f708b-1
+def _hidden(name): return name[0] == '.' or name in _SYSTEM
 
 # %% ../nbs/02_folders.ipynb #d76df493
 def _below(folder, root) -> _Found:
@@ -326,10 +333,16 @@ def classes_line(
     more = f', and {len(counts) - 30} more' if len(counts) > 30 else ''
     return f'{len(counts)} classes{where and f" in {where}"}: {some}{more}'
 
+# %% ../nbs/02_folders.ipynb #0bb6bf6b
+def _label(raw):
+    "A label on one line: ends of lines, tabs and the like become a blank."
+    return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]+', ' ',
+                  unicodedata.normalize('NFC', raw)).strip()
+
 # %% ../nbs/02_folders.ipynb #ac3d2093
 def _label_names(raw) -> dict:  # label as written -> label
     "Labels without blanks around them, accents composed; what falls together is said."
-    names = {s: unicodedata.normalize('NFC', s).strip() for s in sorted(set(raw))}
+    names = {s: _label(s) for s in sorted(set(raw))}
     for name, n in Counter(names.values()).items():
         if n > 1:
             warn_line(
@@ -428,7 +441,7 @@ def added_since(
         ):
             continue
         found = _below(folder, root).images
-        name = unicodedata.normalize('NFC', folder.name).strip()
+        name = _label(folder.name)
         if found and name not in known:classes.append(folder.name)
         else: files += sum(os.path.abspath(p) not in listed for p in found)
     return classes, files

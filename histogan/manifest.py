@@ -6,7 +6,7 @@
 __all__ = ['check_split', 'load_manifest', 'save_manifest']
 
 # %% ../nbs/02_manifest.ipynb #468d2335
-import csv, os, unicodedata
+import csv, os, re, unicodedata
 from collections import Counter
 from io import StringIO
 from pathlib import Path
@@ -52,8 +52,9 @@ def _decoded(path) -> str:
             f'{path}: cannot be read: it is empty; give a CSV with the columns path, '
             f'label, split'
         )
-    if '\r' not in text: return text
-    return text.replace('\r\n', '\n').replace('\r', '\n')  # of Windows, of old Macs
+    if '\r' in text:  # of Windows, of old Macs
+        text = text.replace('\r\n', '\n').replace('\r', '\n')
+    return re.sub(r'\A"?sep=."?\n', '', text, flags=re.I)  # of Excel
 
 # %% ../nbs/02_manifest.ipynb #661bc778
 def _header_names(line, sep) -> list[str]:
@@ -194,11 +195,7 @@ def _listing(folder) -> set:
 def _spellings(paths):
     "The paths as written, and as other systems write them."
     yield paths
-    if (
-        os.sep == '/'
-        and any('\\' in p for p in paths)
-        and not any('/' in p for p in paths)
-    ):
+    if os.sep == '/' and any('\\' in p for p in paths):
         yield [p.replace('\\', '/') for p in paths]
     if not all(map(str.isascii, paths)):
         for form in ('NFC', 'NFD'):
@@ -324,10 +321,10 @@ def load_manifest(
         if c in df: df[c] = _whole(df[c], path)
     if 'mpp' in df: df['mpp'] = _sizes(df.mpp, path)
     df['path'] = _all_located(df, path, root, test_root)
-    if df.path.duplicated().any():
-        raise InputError(
-            f'{path}: lists {df.path[df.path.duplicated()].iloc[0]} twice; remove one'
-        )
+    odd = df.path.str.contains('/.', regex=False).any()  # ./a and a are one file
+    same = (df.path.map(os.path.normpath) if odd else df.path).duplicated()
+    if same.any():
+        raise InputError(f'{path}: lists {df.path[same].iloc[0]} twice; remove one')
     return df
 
 # %% ../nbs/02_manifest.ipynb #d24db3d3

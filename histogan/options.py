@@ -70,9 +70,17 @@ def parse_options(
         if not e.code: raise
         raise InputError(one_line(heard.getvalue())) from None
     except ValueError as e: raise InputError(str(e)) from None
-    if not unknown: return args
+    if not unknown: return _placed(args)
     near = suggestion(unknown[0], option_names(cls))
     raise InputError(f'{unknown[0]}: unknown option{near}; --help lists them all')
+
+# %% ../nbs/00_options.ipynb #65475dc3
+def _placed(args):
+    "No folder by an empty name: that is the working folder, or an unset variable."
+    for name, option in dict(root='ROOT', run='RUN', source='SOURCE', out='--out').items():
+        if getattr(args, name, None) == '':
+            raise InputError(f'{option}: is empty; name a folder')
+    return args
 
 # %% ../nbs/00_options.ipynb #21c4feb4
 def check_file(

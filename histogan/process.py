@@ -18,6 +18,9 @@ def _is_command(argv):
     shell = sys.modules.get('IPython')
     return argv is None and (shell is None or shell.get_ipython() is None)
 
+# %% ../nbs/00_process.ipynb #129c0dcc
+_HANGUP = getattr(signal, 'SIGHUP', signal.SIGTERM)  # Windows has none
+
 # %% ../nbs/00_process.ipynb #c0re0092
 @contextlib.contextmanager
 def interruption(
@@ -25,12 +28,14 @@ def interruption(
     # line if run_program runs one, else KeyboardInterrupt
     end: int | None = None,
 ):
-    "Yield a list that fills when SIGINT or SIGTERM arrives."
+    "Yield a list that fills when SIGINT, SIGTERM or SIGHUP (a closed terminal) arrives."
     heard, old = [], {}
     end = _COMMAND.get() if end is None else end
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, lambda *_: _hear(heard, end))
+        if signal.getsignal(_HANGUP) is signal.SIG_DFL:  # under nohup it is ignored
+            old[_HANGUP] = signal.signal(_HANGUP, lambda *_: heard.append(time.monotonic()))
     except ValueError: pass  # not the main thread: signals stay as they are
     try: yield heard
     finally:

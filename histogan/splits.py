@@ -6,7 +6,7 @@
 __all__ = ['Inspected', 'inspect', 'linked_groups', 'find_copies', 'split_targets', 'assign_groups', 'split', 'split_by_group']
 
 # %% ../nbs/02_splits.ipynb #e6257e44
-import os, warnings
+import os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -275,6 +275,8 @@ def split(
     seen = seen or inspect(df)
     df = seen.df.assign(unit=linked_groups(seen.df, seen.thumbs, near_duplicate, near))
     _say_two_labels(df)
+    _say_nobody(df)
+    _say_alike(df)
     if policy == 'manual_csv': return _checked(df)
     if policy not in ('by_dataset', 'from_one_root'):
         raise InputError(
@@ -309,6 +311,33 @@ def _checked(df) -> pd.DataFrame:  # the same
             f'patches; the split is kept as written'
         )
     return df
+
+# %% ../nbs/02_splits.ipynb #93da132c
+def _look(name):
+    "What people see of a label: no capitals, no invisible marks, no point at its end."
+    seen = unicodedata.normalize('NFKC', name).casefold()
+    return ''.join(c for c in seen if unicodedata.category(c) != 'Cf').rstrip('. ')
+
+# %% ../nbs/02_splits.ipynb #051bbd40
+def _say_alike(df):
+    "Two classes that look like one are perhaps a slip of the pen."
+    alike = {}
+    for name in sorted(set(df.label)): alike.setdefault(_look(name), []).append(name)
+    for some in alike.values():
+        if len(some) > 1: warn_line(
+            f'{", ".join(map(repr, some))}: taken as {len(some)} classes, though they '
+            f'look alike; give them one name if they are one class')
+
+# %% ../nbs/02_splits.ipynb #cd089746
+_NOBODY = frozenset('na n/a #n/a <na> nan none null nil unknown ? -'.split())
+
+# %% ../nbs/02_splits.ipynb #f1d0920f
+def _say_nobody(df):
+    "`NA` in a column of patients is no patient, but cannot be told from one."
+    for name, n in df.group.value_counts().items() if 'group' in df else ():
+        if n > 1 and name.lower() in _NOBODY: warn_line(
+            f'{n} patches have the group {name!r} and are taken for one patient; leave '
+            f'the cell empty where the patient is not known')
 
 # %% ../nbs/02_splits.ipynb #a59bfa7b
 def _say_two_labels(df):

@@ -107,3 +107,36 @@ def test_a_training_of_any_length_has_a_schedule(steps):
     train_cnn(x.permute(0, 2, 3, 1).numpy(), y.numpy(), 2, CNNConfig(steps=steps, batch_size=4, widths=(4, 8)))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
     fit(net, ((x.float(), y) for _ in range(steps)), DownstreamConfig(steps=steps, lr=1e-3))
+
+# ---- numbers that are none, names that are empty
+
+@pytest.mark.parametrize('name', ['optim.lr_g', 'loss.r1_gamma', 'run.max_hours', 'optim.betas', 'ema.half_life_img'])
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_no_option_takes_what_is_no_number(name, value):
+    "NaN passes every comparison that is written as a refusal."
+    import json
+    from dataclasses import asdict
+    from histogan.config import PRESETS, Config, from_dict
+    data = json.loads(json.dumps(asdict(PRESETS['smoke'])))
+    part, leaf = name.split('.')
+    data[part][leaf] = [float(value)] * 2 if leaf == 'betas' else float(value)
+    with pytest.raises(ValueError, match=f'{leaf}|{name}'): from_dict(Config, data)
+
+@pytest.mark.parametrize('program, args', [('train', ['--preset', 'smoke', '--out', '']), ('train', ['--preset', 'smoke', '--resume', '']), ('prepare', ['']), ('prepare', ['data', '--out', '']),
+                                           ('eval', ['']), ('generate', ['']), ('generate', ['run', '--out=']), ('downstream', ['']), ('report', ['']), ('ablate', ['--out', ''])])
+def test_an_unset_variable_is_not_the_working_folder(program, args, tmp_path, monkeypatch, capsys):
+    import importlib
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(f'histogan.{program}').main(args) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and 'empty; name' in said[0] and not list(tmp_path.iterdir()), said
+
+def test_a_table_that_grows_is_read_to_its_last_whole_line(tmp_path):
+    "A killed run, or one under way: its last line may end in the middle of a number."
+    from histogan.card import read_run
+    from histogan.config import PRESETS, save_config
+    from histogan.core import InputError, read_table
+    save_config(PRESETS['smoke'], tmp_path/'config.json')
+    (tmp_path/'metrics_gan.csv').write_text('step,d_loss\n1,0.5\n2,0.25e-')
+    with pytest.raises(InputError, match='line 3'): read_table(tmp_path/'metrics_gan.csv', numbers=['d_loss'])
+    assert read_run(tmp_path).log.d_loss.tolist() == [0.5]

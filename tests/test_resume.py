@@ -87,13 +87,15 @@ def test_sigterm_and_sigint_at_random_moments(base, whole):
         child = start(*LONG, '--out', run, '--resume', 'auto', log=base/'interrupted.log', before=slow_run)
         until(lambda: 'steps' in child.said, child)
         time.sleep(rng.uniform(0, 0.3))
-        if child.running: child.signal((signal.SIGTERM, signal.SIGINT)[k % 2])
+        if child.running: child.signal((signal.SIGTERM, signal.SIGINT, HANGUP)[k % 3])
         codes.append(child.wait())
         if codes[-1] == 130: assert 'and saved; go on with --resume' in child.said
     assert set(codes) <= {0, 130} and codes[0] == 130, codes
     last = start('--resume', run, log=base/'interrupted.log')
     assert last.wait() == 0, last.said
     assert_same_run(run, whole)
+
+HANGUP = getattr(signal, 'SIGHUP', signal.SIGTERM)  # of a terminal that is closed
 
 def hung_disk(run):
     "Once a signal came no flush of a checkpoint returns: the save that it asks for stays half-way."

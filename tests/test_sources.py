@@ -123,6 +123,28 @@ def test_what_a_mac_leaves_in_a_zip_is_no_class(toy):
         (toy/name).parent.mkdir(parents=True, exist_ok=True); (toy/name).write_bytes(b'Mac')
     assert scan(toy).equals(before)
 
+def test_what_systems_leave_is_no_class_and_no_patch(toy):
+    "A network disk keeps a thumbnail of every picture, named as a picture."
+    before = scan(toy)
+    for name in ('TUM/@eaDir/TUM-0000.png/SYNOPHOTO_THUMB_M.jpg', '@eaDir/x/SYNOPHOTO_THUMB_M.jpg', '$RECYCLE.BIN/S-1/a.png', 'TUM/.ipynb_checkpoints/a.png'):
+        (toy/name).parent.mkdir(parents=True, exist_ok=True); Image.fromarray(tissue(1)).save(toy/name)
+    for name in ('lost+found', 'System Volume Information'): (toy/name).mkdir()
+    assert scan(toy).equals(before)
+
+def test_a_users_own_list_of_patches_is_no_output(toy, capsys):
+    before = scan(toy)
+    for label in ('TUM', 'STR'): (toy/label/'patches.csv').write_text('path')
+    assert scan(toy).equals(before) and capsys.readouterr().err == ''
+    for p in (toy/'TUM').glob('*.png'): p.rename(toy/'TUM'/f'cnn-{p.name}')  # as an old cache was called
+    (toy/'TUM'/'patches.csv').unlink()
+    assert len(scan(toy)) == 24 and capsys.readouterr().err == ''
+
+def test_a_pipe_is_not_waited_for(toy):
+    if not hasattr(os, 'mkfifo'): pytest.skip('this system has no named pipes')
+    os.mkfifo(toy/'TUM'/'pipe'); os.mkfifo(toy/'TUM'/'pipe.png')
+    assert len(scan(toy)) == 25
+    assert 'pipe.png: is not a regular file' in says(open_data, DataConfig(root=str(toy), **SMALL), progress=False)
+
 # ---- links and kinds of file
 
 def test_a_link_upwards_adds_nothing(toy, capsys):
@@ -220,6 +242,35 @@ def test_labels_with_blanks_and_two_spellings(rows, tmp_path, capsys):
     two = [[r[0], unicodedata.normalize('NFC' if i % 2 else 'NFD', 'größe') if r[1] == 'TUM' else r[1], *r[2:]] for i, r in enumerate(rows)]
     assert set(load_manifest(table(tmp_path/'m.csv', two)).label) == {'größe', 'STR'}
     assert 'how accents are written' in capsys.readouterr().err
+
+@pytest.mark.parametrize('line', ['sep=;', 'SEP=;', '"sep=;"'])
+def test_the_first_line_of_excel(rows, tmp_path, line):
+    (tmp_path/'m.csv').write_text('\n'.join([line, 'path;label;split;group', *(';'.join(r) for r in rows)]))
+    assert len(load_manifest(tmp_path/'m.csv')) == 24
+
+@pytest.mark.parametrize('two', [('TUM', 'tum'), ('TUM', 'TUM.'), ('①', '1'), ('a\u200bb', 'ab')])
+def test_labels_that_look_alike_are_said(rows, tmp_path, capsys, two):
+    names = dict(zip(('TUM', 'STR'), two))
+    t = table(tmp_path/'m.csv', [[r[0], names[r[1]], *r[2:]] for r in rows])
+    d = open_data(DataConfig(manifest=str(t), **SMALL), progress=False)
+    assert set(d.classes) == set(two) and capsys.readouterr().err.count('taken as 2 classes, though they look alike') == 1
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\t', '\x1b', '\u2028'])
+def test_a_label_is_one_line(rows, tmp_path, end):
+    df = load_manifest(table(tmp_path/'m.csv', [[r[0], f'"in{end}situ"' if r[1] == 'TUM' else r[1], *r[2:]] for r in rows]))
+    assert set(df.label) == {'in situ', 'STR'}
+
+def test_one_file_under_two_spellings(rows, tmp_path):
+    for again in ('./' + rows[0][0], rows[0][0].replace('/TUM/', '/STR/../TUM/')):
+        assert 'twice; remove one' in says(load_manifest, table(tmp_path/'m.csv', [*rows, [again, 'STR', 'train', '']]))
+
+def test_paths_of_windows_joined_by_hand(rows, tmp_path):
+    assert len(load_manifest(table(tmp_path/'m.csv', [[r[0].replace('/', '\\', 1), *r[1:]] for r in rows]))) == 24
+
+def test_no_patient_is_not_one_patient_in_silence(rows, tmp_path, capsys):
+    t = table(tmp_path/'m.csv', [[*r[:3], 'NA'] for r in rows])
+    open_data(DataConfig(manifest=str(t), **SMALL), progress=False)
+    assert "24 patches have the group 'NA' and are taken for one patient; leave the cell empty" in capsys.readouterr().err
 
 def test_accents_in_file_names(tmp_path):
     (tmp_path/unicodedata.normalize('NFD', 'größe')).mkdir()
@@ -397,10 +448,34 @@ X, Y = np.stack([tissue(k, 28) for k in range(12)]), np.arange(12)[:, None] % 2
 @pytest.mark.parametrize('change,word', [
     (dict(train_images=X[..., 0]), 'not (N, H, W, 3) uint8'), (dict(train_images=X/255.), 'not (N, H, W, 3) uint8'), (dict(train_labels=Y[:5]), 'not one label for each of 12'),
     (dict(train_labels=np.repeat(Y, 14, 1)), 'not one label for each'), (dict(train_labels=Y - 1), 'negative labels'), (dict(train_labels=Y + .5), 'not whole numbers'),
-    (dict(train_images=np.array([None, 1], object)), 'pickled objects, which are never loaded'), (dict(train_images=X[:0], train_labels=Y[:0]), 'holds no patch')])
+    (dict(train_labels=np.array(['TUM', 'STR']*6)), 'give their names with --data.class-names'), (dict(train_labels=np.array(['2024-01-01']*12, 'M8[D]')), 'not whole numbers'),
+    (dict(train_labels=np.where(Y, np.nan, 1.)), 'not whole numbers'), (dict(train_labels=np.where(Y, np.inf, 1.)), 'not whole numbers'), (dict(train_labels=3), 'not one label for each'), (dict(train_labels=Y[:0]), 'not one label for each'), (dict(train_images=np.array([None, 1], object)), 'pickled objects, which are never loaded'), (dict(train_images=X[:0], train_labels=Y[:0]), 'holds no patch')])
 def test_arrays_that_are_refused(tmp_path, change, word):
     medmnist(tmp_path/'x.npz', **change); open_array.cache_clear()
     assert word in says(list_arrays, tmp_path/'x.npz')
+
+def test_numbers_far_apart_are_two_names(tmp_path):
+    "Numbers of patients, perhaps: a list up to the largest would fill the memory."
+    np.savez(tmp_path/'x.npz', train_images=X, train_labels=np.where(Y, 10**9, 3))
+    assert set(scan(tmp_path/'x.npz').label) == {'0000000003', '1000000000'}
+    assert 'names a twice' in says(scan, medmnist_of(tmp_path/'y.npz'), class_names=['a', 'a'])
+
+def test_a_hole_in_a_download(tmp_path):
+    "Arrays that lie in a file uncompressed are mapped, so nothing else would read their checksum."
+    b = bytearray(medmnist_of(tmp_path/'x.npz').read_bytes()); k = len(b)//3
+    b[k:k + 4096] = bytes(4096); (tmp_path/'x.npz').write_bytes(b)
+    assert "is damaged (Bad CRC-32 for file 'train_images.npy')" in says(scan, tmp_path/'x.npz')
+
+def medmnist_of(path):
+    np.savez(path, train_images=X, train_labels=Y)
+    return path
+
+@pytest.mark.parametrize('which', ['x', 'y'])
+def test_a_group_where_an_array_should_be(tmp_path, which):
+    h5py = pytest.importorskip('h5py')
+    for key, a in (('x', X), ('y', Y)):
+        with h5py.File(tmp_path/f't_{key}.h5', 'w') as f: f.create_group(key) if key == which else f.create_dataset(key, data=a)
+    assert f'has no array {which} (found: {which})' in says(scan, tmp_path)
 
 def test_files_that_are_no_arrays(tmp_path):
     np.savez(tmp_path/'x.npz', pictures=X); assert 'holds the arrays pictures' in says(scan, tmp_path/'x.npz')
