@@ -235,7 +235,8 @@ def _read_text(path, only, growing):
     keep = None if only is None else set(only).__contains__
     try:
         whole = growing and Path(path).read_bytes().rpartition(b'\n')[0]
-        return pd.read_csv(io.BytesIO(whole) if growing else path, dtype=str, keep_default_na=False, na_filter=False,
+        source = io.BytesIO(whole) if growing else path
+        return pd.read_csv(source, dtype=str, keep_default_na=False, na_filter=False,
                            encoding='utf-8-sig', usecols=keep)
     except (FileNotFoundError, NotADirectoryError): why = 'no such table'
     except pd.errors.EmptyDataError: why = 'is empty; make it again'

@@ -77,9 +77,10 @@ def parse_options(
 # %% ../nbs/00_options.ipynb #65475dc3
 def _placed(args):
     "No folder by an empty name: that is the working folder, or an unset variable."
-    for name, option in dict(root='ROOT', run='RUN', source='SOURCE', out='--out').items():
-        if getattr(args, name, None) == '':
-            raise InputError(f'{option}: is empty; name a folder')
+    for name in ('root', 'run', 'source', 'out'):
+        if getattr(args, name, None) != '': continue
+        option = '--out' if name == 'out' else name.upper()
+        raise InputError(f'{option}: is empty; name a folder')
     return args
 
 # %% ../nbs/00_options.ipynb #21c4feb4

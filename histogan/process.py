@@ -28,14 +28,15 @@ def interruption(
     # line if run_program runs one, else KeyboardInterrupt
     end: int | None = None,
 ):
-    "Yield a list that fills when SIGINT, SIGTERM or SIGHUP (a closed terminal) arrives."
+    "Yield a list that fills when SIGINT, SIGTERM or a hang-up arrives."
     heard, old = [], {}
     end = _COMMAND.get() if end is None else end
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, lambda *_: _hear(heard, end))
         if signal.getsignal(_HANGUP) is signal.SIG_DFL:  # under nohup it is ignored
-            old[_HANGUP] = signal.signal(_HANGUP, lambda *_: heard.append(time.monotonic()))
+            note = lambda *_: heard.append(time.monotonic())
+            old[_HANGUP] = signal.signal(_HANGUP, note)
     except ValueError: pass  # not the main thread: signals stay as they are
     try: yield heard
     finally:
