@@ -17,7 +17,7 @@ import tyro
 from .chunks import square
 from .core import InputError, read_table, write_json
 from .data import SPLITS, _in_threads, load_prepared, read_all
-from .images import evenly, read_rgb, resize
+from .images import evenly, read_rgb, resize, rim
 from .options import parse_options
 from .page import figure, page, section, table, text, write_page
 from .process import run_program
@@ -279,6 +279,9 @@ scanned and by {after:.1f} as stored (standard deviation over patches, mean of t
 channels). Normalisation takes out what one slide has in common; it also takes out
 differences in stain that may belong to the tissue. Patches with too little tissue
 keep their colours.'''
+_RIM = '''The outermost pixels of nine patches of ten are {:.0f} grey levels {} than
+those beside them: a rim. A generator draws it like tissue; --trim cuts it off.'''
+_NO_RIM = 'The edge of the patches looks like the rest of them.'
 
 # %% ../nbs/09_audit.ipynb #6c0f2a95-1
 def _about_pixels(df, numbers) -> list[str]:
@@ -288,8 +291,10 @@ def _about_pixels(df, numbers) -> list[str]:
     clipped = clipped.rename_axis('class')
     outcome = pd.Series(numbers['stain'], name='patches').rename_axis('outcome')
     outcome = outcome.to_frame()
-    spread = _STAIN.format(**numbers['colour_spread'])
-    return [section('Clipped pixels', table(clipped), text(_CLIPPED, 'note')),
+    spread, edge = _STAIN.format(**numbers['colour_spread']), numbers['rim']
+    told = _RIM.format(abs(edge), 'darker' if edge < 0 else 'lighter')
+    return [section('Edge', text(told if edge else _NO_RIM, 'note')),
+            section('Clipped pixels', table(clipped), text(_CLIPPED, 'note')),
             section('Stain', table(outcome), text(spread, 'note'))]
 
 # %% ../nbs/09_audit.ipynb #97612aad
@@ -323,11 +328,13 @@ def _numbers(df, out, card) -> dict:
     kinds = readable.groupby('label')[['mode', 'width', 'height']]
     kinds = kinds.agg(lambda s: tuple(sorted(set(s))))
     pairs = read_table(Path(out, 'duplicates.csv')).astype(dict(i=int, j=int))
+    some = evenly(few.store_row.to_numpy(), 200)
     return dict(
         patches=len(df), kept=len(kept), classes=_class_table(df).to_dict('index'),
         largest_over_smallest_class=float(counts.max() / counts.min()),
         format_tells_class=len(kinds.drop_duplicates()) > 1, stain=card['stain'],
         copies=copy_counts(df, pairs).to_dict('index'),
+        rim=rim(np.stack([*stored_patches(out, some)])),
         leaks=leaks(out, kept, card['base']),
         clipped=kept.groupby('label').sat_ratio.mean().to_dict(),
         colour_spread=dict(before=before, after=after))

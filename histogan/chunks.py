@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from .core import InputError, sync_file, write_file
 from .data import HEADER
-from .images import THUMB, _read, pixel_hash, resize, thumbnail
+from .images import THUMB, _read, pixel_hash, resize, thumbnail, too_small
 from .quality import METRICS, quality_metrics
 from .stain import UNAVAILABLE, StainConfig, StainNormalizer
 
@@ -20,8 +20,8 @@ from .stain import UNAVAILABLE, StainConfig, StainNormalizer
 class Row(NamedTuple):
     "What one reading of a file yields."
     fault: str = ''  # why it cannot be used; then the rest is empty
-    width: int = 0  # of the file; px
-    height: int = 0  # of the file; px
+    width: int = 0  # of the file, once trimmed; px
+    height: int = 0  # of the file, once trimmed; px
     mode: str = ''  # format and colour mode of the file, such as PNG RGB
     mpp: float = np.nan  # µm per pixel, where the file says it
     sha256: str = ''  # of the decoded pixels
@@ -40,14 +40,16 @@ class Job(NamedTuple):
     method: str  # of stain normalisation, or none
     stain: StainConfig  # its constants
     target: dict | None  # whose colours; from state_dict; None: keep
+    trim: int = 0  # px cut from each side of a file first
 
 # %% ../nbs/07_chunks.ipynb #149e07b1
 def square(
     img: np.ndarray,  # (H, W, 3)
+    trim: int = 0,  # px less at each side
 ) -> np.ndarray:  # (S, S, 3), a view
     "The central square, which is what `resize` keeps."
     h, w = img.shape[:2]
-    s = min(h, w)
+    s = max(min(h, w) - 2 * trim, 0)
     top, left = (h - s) // 2, (w - s) // 2
     return img[top:top + s, left:left + s]
 
@@ -82,7 +84,8 @@ def process_file(
     "Read one file, once."
     try:
         (img, mpp), kind = _read(path), _kind(path)
-        x = square(img)
+        x = square(img, job.trim)
+        if why := too_small(len(x), len(x)): raise InputError(f'trimmed, it {why}')
         metrics = quality_metrics(x)
     except (InputError, OSError) as e:  # unreadable, or gone since it was listed
         return Row(fault=' '.join(str(e).removeprefix(f'{path}: ').split())), None
@@ -93,7 +96,8 @@ def process_file(
         x, report = norm.transform(x, report=True)
         why = report.reasons[0]
     x = np.ascontiguousarray(resize(x, job.image_size))
-    row = Row('', img.shape[1], img.shape[0], kind, mpp, pixel_hash(img),
+    height, width = (k - 2 * job.trim for k in img.shape[:2])
+    row = Row('', width, height, kind, mpp, pixel_hash(img),
               pixel_hash(x), why, tuple(colour), tuple(metrics), thumbnail(img))
     return row, x
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'THUMB', 'FLAT', 'HASH_BITS', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'evenly', 'resize', 'to_float',
-           'to_uint8', 'thumbnail', 'pixel_hash', 'orient', 'phash', 'unshaded', 'correlation', 'near_duplicates',
-           'too_small', 'stamp', 'read_rgb']
+           'to_uint8', 'rings', 'rim', 'thumbnail', 'pixel_hash', 'orient', 'phash', 'unshaded', 'correlation',
+           'near_duplicates', 'too_small', 'stamp', 'read_rgb']
 
 # %% ../nbs/01_images.ipynb #468d2335
 import os, re, stat, warnings, zlib
@@ -56,6 +56,31 @@ def to_uint8(
     "The networks' range back to bytes, rounded to the nearest."
     if x.element_size() < 4: x = x.float()  # half precision has too few steps
     return ((x + 1)*127.5).round().clamp(0, 255).byte()
+
+# %% ../nbs/01_images.ipynb #3251c1f7
+def rings(
+    images: np.ndarray,  # (N, R, R, 3) uint8
+    n: int,  # how many, from outside; at most R / 2
+) -> np.ndarray:  # (N, n) grey levels
+    "The mean of each ring of pixels, the outermost first."
+    grey, side = images.mean(-1), images.shape[1]
+    inner = [grey[:, k:side - k, k:side - k] for k in range(n + 1)]
+    sums, size = (np.array([f(x) for x in inner]) for f in (_total, _pixels_of))
+    return ((sums[:-1] - sums[1:])/(size[:-1] - size[1:])[:, None]).T
+
+# %% ../nbs/01_images.ipynb #0b4ba867
+def _total(x): return x.sum((1, 2))
+def _pixels_of(x): return x.shape[1]*x.shape[2]
+
+# %% ../nbs/01_images.ipynb #ee8c6a92
+def rim(
+    images: np.ndarray,  # (N, R, R, 3) uint8
+) -> float:  # grey levels; below 0: dark; 0: none, or fewer than 16 patches
+    "By how much nine patches of ten differ at their edge from the pixels beside it."
+    if len(images) < 16: return 0.  # of ten patches chance alone makes one
+    ring = rings(images, 2)
+    low, high = np.quantile(ring[:, 0] - ring[:, 1], (.1, .9))
+    return float(max(low, 0) + min(high, 0))
 
 # %% ../nbs/01_images.ipynb #f8c28006
 THUMB = 32  # px: the size that the perceptual hash is defined on

@@ -74,6 +74,7 @@ class PrepareConfig:
     group_column: str = ''  # its column with the patient or slide, never divided
     group_regex: str = ''  # file name -> group, with one group in parentheses
     class_names: str = ''  # names of an array's classes, with commas, in order
+    trim: int = 0  # px cut from each side of a file; against a rim, see 01_images
     mpp: float = 0  # µm per pixel of the files, where no table says it; 0: as they say
     val_frac: float = .15  # of one root: share set aside for evaluation; decided
     test_frac: float = .15  # of one root: share for the final test; decided
@@ -101,6 +102,7 @@ def _checks(c: PrepareConfig) -> list[tuple]:  # (holds, option, what to do)
             (0 < c.near_duplicate <= 1, 'near_duplicate',
              'must lie in (0, 1]; 1 ties exact copies only'),
             (c.seed >= 0, 'seed', 'must be 0 or more'),
+            (0 <= c.trim <= 512, 'trim', 'must lie in [0, 512] px'),
             (c.workers >= 0, 'workers', 'must be 0 or more'),
             (0 <= c.mpp < 100, 'mpp', 'must lie in (0, 100) µm per pixel; 0: unknown'),
             (bool(c.manifest) or not c.group_column, 'group_column',
@@ -163,7 +165,7 @@ def _work_key(cfg, df, base) -> str:  # 64 hexadecimal digits
     "A hash of everything that the stored pixels depend on."
     target = '' if (x := _named_target(cfg)) is None else pixel_hash(x)
     what, h = [PREPARED_FORMAT, versions(*_LIBRARIES), cfg.image_size], hasher()
-    what += [asdict(cfg.stain), target]
+    what += [asdict(cfg.stain), target, *([cfg.trim] if cfg.trim else [])]
     h.update(json.dumps(what, sort_keys=True).encode())
     for path in df.path:
         size = changed = 0  # of a file that is gone, or a link that leads nowhere
@@ -184,7 +186,7 @@ def _fit_target(cfg, df) -> dict | None:  # method, target, and the file it came
     few = np.unique(np.linspace(0, len(first) - 1, TARGETS).round().astype(int))
     for path in [s.target] if s.target else first.iloc[few]:
         with suppress(InputError, OSError):
-            x = square(read_rgb(path))
+            x = square(read_rgb(path), cfg.trim)
             read.append((path, x if s.target else reduced(x, cfg.image_size)))
     try: path, x = read[pick_target([x for _, x in read], s.method, s)]
     except (InputError, IndexError):
@@ -205,7 +207,7 @@ def _asked(cfg) -> dict:
     def _at(p): return os.path.abspath(p) if p else ''
     return dict(root=_at(cfg.root), test_root=_at(cfg.test_root),
                 manifest=_at(cfg.manifest), image_size=cfg.image_size,
-                stain=asdict(cfg.stain))
+                stain=asdict(cfg.stain), **(dict(trim=cfg.trim) if cfg.trim else {}))
 
 # %% ../nbs/07_prepare.ipynb #542fafed
 def _own_plan(cfg, key, part, same=False) -> Plan | None:  # same: of this key alone
@@ -287,7 +289,7 @@ def _work(cfg, df, plan: Plan, part: Path, share, progress: bool):
     here = int(os.environ.get('LOCAL_WORLD_SIZE', world))  # processes of this machine
     workers = cfg.workers or max((os.cpu_count() or 1) // here, 1)
     job = Job(str(Path(cfg.out, 'images.npy')), str(part), cfg.image_size,
-              cfg.stain.method, cfg.stain, plan.target)
+              cfg.stain.method, cfg.stain, plan.target, cfg.trim)
     todo = [k for k in _lost(part, n) if k % world == rank]
     ours = min(n, len(range(rank, -(-n // CHUNK), world)) * CHUNK)
     with tqdm(desc='preparing', total=ours, initial=max(0, ours - len(todo) * CHUNK),
@@ -392,7 +394,7 @@ def _resolution(df, size) -> float | list | None:  # µm per pixel of stored pat
 # %% ../nbs/07_prepare.ipynb #2edf10d4
 def _options(cfg) -> dict:
     "The configuration, without what does not change the result."
-    unset = {k for k in ('mpp', 'class_names') if not getattr(cfg, k)}
+    unset = {k for k in ('mpp', 'trim', 'class_names') if not getattr(cfg, k)}
     without = {'out', 'workers', 'audit'} | unset
     return {k: v for k, v in asdict(cfg).items() if k not in without}
 

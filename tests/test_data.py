@@ -1,6 +1,7 @@
 "Reading, splitting and handing out patches: what notebook 00 promises, with real files."
 import io, os, random, struct, sys, time, zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from histogan.data import (HASH_BITS, SPLITS, BalancedSampler, DataConfig, HistoDataset, Inspected, InputError, inspect,
                            linked_groups, load_manifest, near_duplicates, open_data, orient, read_rgb, resize, save_manifest, scan, split)
+from histogan.core import read_json
 from histogan.images import _candidates
+from histogan.prepare import PrepareConfig, QualityOptions, StainOptions, prepare
 from histogan.splits import _place_groups
 from conftest import run_python
 
@@ -406,6 +409,25 @@ def test_too_few_for_evaluation_is_one_warning_line(tmp_path, capsys):
     open_data(DataConfig(root=str(root), image_size=16, batch_size=4, samples_per_class=8), progress=False)
     err = capsys.readouterr().err
     assert err.count('\n') == 2 and err.startswith('warning: 1 of 2 classes have fewer than 8') and 'none of B' in err
+
+def test_a_rim_around_every_patch_is_told_and_can_be_cut_off(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label in 'AB':
+        (tmp_path/'raw'/label).mkdir(parents=True)
+        for k in range(12):
+            x = rng.integers(90, 200, (40, 40, 3), dtype=np.uint8)
+            x[0] = x[-1] = x[:, 0] = x[:, -1] = 60
+            Image.fromarray(x).save(tmp_path/'raw'/label/f'{k}.png')
+    cfg = DataConfig(root=str(tmp_path/'raw'), image_size=32, batch_size=4, num_workers=0)
+    open_data(cfg, progress=False)
+    assert 'a rim, which the generator will draw too; histogan.prepare --trim 2' in capsys.readouterr().err
+    how = dict(test_root='', image_size=32, quality=QualityOptions('none'), stain=StainOptions('none'), workers=1)
+    out = prepare(PrepareConfig(str(tmp_path/'raw'), out=str(tmp_path/'cut'), trim=2, mpp=.5, **how), False)
+    open_data(replace(cfg, root=str(out)), progress=False)
+    assert 'a rim' not in capsys.readouterr().err
+    card = read_json(Path(out, 'prepare.json'))
+    assert card['config']['trim'] == 2 and card['mpp'] == .5*36/32
+    says(lambda: prepare(PrepareConfig(str(tmp_path/'raw'), out=str(tmp_path/'cut'), trim=1, mpp=.5, **how), False))
 
 def test_resume_notices_changed_files(toy):
     cfg = DataConfig(root=str(toy), image_size=16, batch_size=4, samples_per_class=8)
