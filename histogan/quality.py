@@ -529,7 +529,7 @@ def plot_shares(
     axes[-1].axis('off')
     axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='center')
     fig.supylabel('accepted share', fontsize=7)
-    fig.subplots_adjust(.09, .06, .99, .9, .1, .3)
+    fig.subplots_adjust(.09, .06, .99, .86, .1, .3)
     return fig
 
 # %% ../nbs/05_quality.ipynb #7d6db934

@@ -128,10 +128,17 @@ def in_reach(source):
             found |= {(module, n.split(' as ')[0].strip()) for n in names.strip('()').replace('\n', ' ').split(',')}
     return found
 
+def tables_of(path):
+    "The Markdown that a processed page's own cells print; that of signatures left out."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    own = [c for c in cells if c['cell_type'] == 'code' and 'output: asis' in ''.join(c['source']) and 'show_doc(' not in ''.join(c['source'])]
+    return [''.join(out['data']['text/markdown']) for c in own for out in c['outputs'] if 'text/markdown' in out.get('data', {})]
+
 def automatic_links(processed, source):
     "(word, target) of the links that nbdev made in a page's prose; those of signatures left out."
     own = set(re.findall(r'\[`([^`]+)`\]\(', '\n'.join(cells_of(source, 'markdown'))))
-    shown = [t for cell in cells_of(processed, 'markdown') for t in cell.split('\n\n') if not t.startswith(('---\n', '### '))]
+    shown = [t for cell in [*cells_of(processed, 'markdown'), *tables_of(processed)] for t in cell.split('\n\n')
+             if not t.startswith(('---\n', '### '))]
     return [(word, target) for word, target in AUTO.findall('\n'.join(shown)) if word not in own]
 
 def is_meant(word, target, source, fields=()):

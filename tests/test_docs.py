@@ -44,9 +44,12 @@ def test_automatic_links_lead_to_what_is_meant(processed):
         found += [f'{page.name}: {word} -> {to}' for word, to in automatic_links(page, source) if not is_meant(word, to, source, FIELDS)]
     assert not found, '\n'.join(found)
 
-# what a reader of the field types into the search box
+# what a reader of the field types into the search box, and the words that this project keeps to
 WORDS = ('mode collapse', 'overfitting', 'memorization', 'gradient clipping', 'two-time-scale update rule', 'TTUR',
-    'feature map', 'pretrained', 'hyperparameter', 'embedding', 'FID', 'augmentation', 'discriminator', 'regularization')
+    'feature map', 'pretrained', 'hyperparameter', 'embedding', 'FID', 'augmentation', 'rotation', 'discriminator', 'regularization',
+    'held-out classifier', 'classified as', 'classifier accuracy', 'quality threshold', 'selection score', 'original recipe',
+    'evaluate', 'encode', 'encoded batch', 'cached features', 'EMA generator', 'ImageNet-pretrained encoder', 'split', 'group',
+    'prepared dataset', 'fix', 'real-vs-real baseline', 'override', 'local_rows', 'gather_batch', 'weighted_sum', 'optimizer_step')
 
 @pytest.mark.parametrize('word', WORDS)
 def test_the_words_of_the_field_are_found(processed, word):
@@ -143,3 +146,9 @@ def test_a_link_that_leads_astray_is_found(tmp_path, prose, word, target, meant)
     (tmp_path/'shown.ipynb').write_text(json.dumps({'cells': [md(re.sub('`[^`]+`', f'[`{word}`](https://example.org/{target})', prose))]}))
     (link,) = automatic_links(tmp_path/'shown.ipynb', tmp_path/'a.ipynb')
     assert link == (word, f'https://example.org/{target}') and is_meant(*link, tmp_path/'a.ipynb', FIELDS) == meant
+
+def test_a_link_in_a_printed_table_is_found(tmp_path):
+    out = {'output_type': 'display_data', 'data': {'text/markdown': '| [`ema_beta`](https://example.org/guards.html#ema_beta) | 0.9995 |'}}
+    (tmp_path/'a.ipynb').write_text(json.dumps({'cells': []}))
+    (tmp_path/'shown.ipynb').write_text(json.dumps({'cells': [code('#| output: asis\ntable()', [out]), code('#| output: asis\nshow_doc(f)', [out])]}))
+    assert automatic_links(tmp_path/'shown.ipynb', tmp_path/'a.ipynb') == [('ema_beta', 'https://example.org/guards.html#ema_beta')]

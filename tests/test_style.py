@@ -35,12 +35,15 @@ class Cell:
         text = '\n'.join('' if l.lstrip().startswith(('%', '!')) else l for l in self.lines)
         return [n for n in ast.parse(text).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
 
+TITLE = re.compile(r'# [A-Z][^—–:`?]{0,39}$', re.M)  # a few plain words: the side bar shows them
+
 def rule_opening(cells, stem):
     "default_exp with the notebook's name, then a title and one sentence."
     first = [d for d in cells[0].directives] if cells and cells[0].code else []
     if stem[:1].isdigit() and first != [['default_exp', stem[3:]]]: yield f'the first cell is not `#| default_exp {stem[3:]}`'
     prose = next((c.source for c in cells if not c.code), '')
     if not re.match(r'# .+\n+> .+', prose): yield 'the first markdown cell is not a title and one sentence'
+    if stem != 'index' and not TITLE.match(prose): yield f'a title of another form: {prose.splitlines()[:1]}'
 
 def rule_closing(cells, stem):
     "The last cell, hidden, exports."
@@ -144,6 +147,16 @@ def rule_something_to_do(cells, stem):
     n = sum(len(TRIES.findall(c.source)) for c in cells if not c.code)
     if stem[:1].isdigit() and n < 2: yield f'{n} Try boxes'
 
+def rule_conclusion(cells, stem):
+    "What a figure shows is said where Jupyter shows it, in a title or in the prose behind it; captions have at most 160 characters."
+    for at, c in enumerate(cells):
+        caption = next((' '.join(d[1:]) for d in c.directives if d[0] == 'fig-cap:'), '') if c.code else ''
+        if not caption: continue
+        if len(caption.strip('"')) > 160: yield f'a caption of {len(caption)} characters: {caption[:40]}'
+        behind = next((d for d in cells[at + 1:] if not d.code or ['hide'] not in d.directives), None)
+        told = 'title' in c.source or (behind and not behind.code and not behind.source.startswith('#'))
+        if not told: yield f'only the caption says what this shows: {caption[:40]}'
+
 def rule_finished(cells, stem):
     "Nothing is left for later."
     for c in cells:
@@ -185,6 +198,8 @@ def test_a_sound_notebook_passes(): assert [fault for rule in RULES for fault in
 @pytest.mark.parametrize('rule, at, cell', [
     (rule_opening, 0, code('#| default_exp y')),
     (rule_opening, 1, md('# X')),
+    (rule_opening, 1, md('# x — one of them\n\n> A sentence.')),
+    (rule_opening, 1, md('# Speed: and beside what?\n\n> A sentence.')),
     (rule_closing, 5, code('nbdev.nbdev_export()')),
     (rule_stored, 4, code('1', execution_count=3)),
     (rule_stored, 4, code('1', outputs=[{'output_type': 'error'}])),
@@ -203,6 +218,8 @@ def test_a_sound_notebook_passes(): assert [fault for rule in RULES for fault in
     (rule_one_statement_a_line, 4, code('x = 1; y = 2')),
     (rule_one_statement_a_line, 4, code('def f():\n    a = 1; return a')),
     (rule_something_to_do, 2, md('**Try**: this.')),
+    (rule_conclusion, 4, code('#| label: fig-a\n#| fig-cap: "A line."\nplot()')),
+    (rule_conclusion, 4, code('#| label: fig-a\n#| fig-cap: "' + 'A line. ' * 21 + '"\nset_title("up")')),
     (rule_finished, 4, code('x = 1 # TODO')),
 ])
 def test_a_broken_rule_is_found(rule, at, cell):
