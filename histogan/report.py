@@ -292,7 +292,8 @@ def _distribution(r):
     by_set = t.pivot_table(index='metric', columns='set', values='value', sort=False)
     by_set = by_set.map('{:.4g}'.format).reset_index()
     first, notes = t.iloc[0], t[t.note != ''].drop_duplicates(['metric', 'note'])
-    remarks = ' '.join(f'{n.metric}: {n.note}.' for n in notes.itertuples())
+    said = notes.groupby('note', sort=False).metric.agg(', '.join)  # each note once
+    remarks = ' '.join(f'{note[0].upper()}{note[1:]}: {m}.' for note, m in said.items())
     left_out = '; '.join(r.json('eval').get('left_out', []))
     lead = (f'Compared with {first.reference}: {first.n:.0f} synthetic patches against '
             f'{first.n_ref:.0f} reals. The columns besides synthetic compare reals '
