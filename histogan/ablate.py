@@ -315,7 +315,7 @@ def run_row(
     n: int,  # samples of each class
 ) -> dict:  # the result, which is saved too
     "Train, measure, write."
-    folder, seed = out / 'run', cfg.run.seed
+    folder, seed = out / '.run', cfg.run.seed  # a name that nobody else gives
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
     s, seconds, stopped = train_row(replace(cfg, out=str(folder)))
     figures, samples = measure(s, classifier, n)

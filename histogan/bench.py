@@ -89,6 +89,7 @@ class BenchArgs:
 
     def __post_init__(self):
         if self.rounds < 1: raise InputError('--rounds: must be ≥ 1')
+        if not 0 <= self.threads <= 1024: raise InputError('--threads: 0 to 1024')
         if self.batch < 2 or self.batch % 2: raise InputError('--batch: must be even')
         if self.json: check_file('--json', self.json)
         for name in self.rows:

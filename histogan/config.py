@@ -103,6 +103,7 @@ class RunConfig:
         for name in names.split():
             if getattr(self, name) < 0: raise ValueError(f'run.{name} must be ≥ 0')
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
+        if self.threads > 1024: raise ValueError('run.threads must be ≤ 1024')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-3
 @dataclass(frozen=True)
@@ -430,10 +431,11 @@ def pick_device(
     "The device of this process."
     import torch
     name = device_name(cfg)
-    try: return torch.empty(0, device=name).device
+    try: torch.zeros(1, device=name).tolist()  # meta holds no numbers
     except (RuntimeError, AssertionError):
         told = f'--run.device {name}: not available on this machine; use cpu'
         raise InputError(told) from None
+    return torch.empty(0, device=name).device
 
 # %% ../nbs/50_config.ipynb #7cff809e
 def pick_amp(

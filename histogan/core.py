@@ -159,7 +159,8 @@ def clear_torn(
     folder,  # that this process alone writes to
 ) -> list:  # names of what was removed
     "Remove what killed writers left."
-    torn = sorted(Path(folder).glob('.*.tmp'))
+    ours = re.compile(r'\..+\.\d+(-\d+)?\.tmp')  # as _temp_of names them
+    torn = sorted(p for p in Path(folder).glob('.*.tmp') if ours.fullmatch(p.name))
     for path in torn: path.unlink(missing_ok=True)
     return [path.name for path in torn]
 

@@ -121,6 +121,7 @@ def _checks(c: DataConfig) -> list[tuple]:  # (holds, option, what to do)
         (c.batch_size >= 1, 'batch_size', 'must be at least 1'),
         (c.batch_size % pair == 0, 'batch_size', even),
         (c.num_workers >= 0, 'num_workers', 'must be 0 or more'),
+        (c.num_workers <= 1024, 'num_workers', 'is too many; use 1024 or fewer'),
         (
             c.on_device in ('auto', 'on', 'off'),
             'on_device',

@@ -24,7 +24,7 @@ from .copying import copying_check, draw_pairs, layout_extractor, pairs_table
 from .copying import pixel_extractor, save_copying
 from .core import moved, InputError, versions, warn_line, write_json
 from .core import write_table
-from .data import read_rgb, scan
+from .data import IMAGE_SUFFIXES, read_rgb, scan
 from .dist import elsewhere, in_turn, local_rank, on_first, processes, rank
 from .dist import world
 from .encoder import CNNConfig, Encoder, parts_of, random_encoder
@@ -197,7 +197,9 @@ def pick(
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name == 'cuda' and world() > 1: name = f'cuda:{local_rank()}'
     try:
-        return str(torch.empty(0, device=name).device)
+        one = torch.zeros(1, device=name)
+        one.tolist()  # meta holds no numbers
+        return str(one.device)
     except (RuntimeError, AssertionError):
         raise InputError(
             f'--device {name}: not available on this machine; use cpu'
@@ -493,14 +495,15 @@ def _files(root):
     "Paths and classes of a folder; patches without classes are one class."
     root = Path(root)
     if not root.is_dir(): raise InputError(f'{root}: no such folder')
-    flat = [p for p in sorted(root.iterdir()) if p.suffix.lower() in _PICTURES]
+    flat = [
+        p
+        for p in sorted(root.iterdir())
+        if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != '.'
+    ]
     if flat:
         return np.array([str(p) for p in flat], object), np.full(len(flat), 'patches')
     df = scan(root)
     return df.path.to_numpy(object), df.label.to_numpy(str)
-
-# %% ../nbs/63_eval.ipynb #851ef7ee-1
-_PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'}
 
 # %% ../nbs/63_eval.ipynb #423507a0
 def write_results(

@@ -25,7 +25,7 @@ from typing import Literal
 from .checkpoint import export_generator, load_generator
 from .core import InputError, hasher, read_json, read_table
 from .core import safe_names, warn_line, write_file, write_json, write_table
-from .data import to_uint8
+from .data import is_own, to_uint8
 from .dist import barrier, elsewhere, local_rank, on_first, processes, rank
 from .dist import shard, world
 from .generator import Generator
@@ -274,7 +274,7 @@ def check_device(
     name: str,  # a torch device
 ):
     "InputError when this machine has none such."
-    try: torch.empty(0, device=name)
+    try: torch.zeros(1, device=name).tolist()  # meta holds no numbers
     except (RuntimeError, AssertionError):
         said = f'--device {name}: not available on this machine; use cpu'
         raise InputError(said) from None
@@ -317,6 +317,8 @@ def _do_onnx(G, a): print(f'generator in {export_onnx(G.cpu(), a.onnx)}')
 
 # %% ../nbs/55_generate.ipynb #7ce79bfd
 def _do_export(G, a):
+    if Path(a.export, 'README.md').exists() and not is_own(a.export): raise InputError(
+        f'--export {a.export}: holds a README.md of something else; choose another')
     card = Path(a.source, 'MODEL_CARD.md')
     text = card.read_text(encoding='utf-8') if card.is_file() else ''
     print(f'generator in {G.save_pretrained(a.export, text)}')

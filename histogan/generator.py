@@ -8,7 +8,7 @@ __all__ = ['RGB_GAIN', 'PRETRAINED', 'FRONT', 'require', 'GeneratorConfig', 'che
 
 # %% ../nbs/10_generator.ipynb #c965e2e8
 from dataclasses import dataclass
-from math import log2, sqrt
+from math import sqrt
 from typing import Literal
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class GeneratorConfig:
     @property
     def sizes(self) -> tuple[int, ...]:
         "Resolution of each block; px."
-        return tuple(2 ** i for i in range(3, int(log2(self.img_res)) + 1))
+        return tuple(2 ** i for i in range(3, max(self.img_res, 1).bit_length()))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -336,7 +336,7 @@ def short_card(
     source = card.get('trained_on', 'what its author says')
     return FRONT + f'''# Generator of synthetic H&E patches
 
-Class-conditional GAN, {said}. Classes: {", ".join(card["classes"])}.
+Class-conditional GAN, {said}. Classes: {", ".join(map(str, card["classes"]))}.
 Trained on {source}.
 
     from histogan.generator import Generator

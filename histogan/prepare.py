@@ -104,6 +104,7 @@ def _checks(c: PrepareConfig) -> list[tuple]:  # (holds, option, what to do)
             (c.seed >= 0, 'seed', 'must be 0 or more'),
             (0 <= c.trim <= 512, 'trim', 'must lie in [0, 512] px'),
             (c.workers >= 0, 'workers', 'must be 0 or more'),
+            (c.workers <= 1024, 'workers', 'is too many; use 1024 or fewer'),
             (0 <= c.mpp < 100, 'mpp', 'must lie in (0, 100) µm per pixel; 0: unknown'),
             (bool(c.manifest) or not c.group_column, 'group_column',
              'names a column of --manifest; give that too'),
@@ -254,7 +255,7 @@ def _run_chunks(job, todo, paths, workers):  # yields how many patches were done
     parts = [paths[k * CHUNK:(k + 1) * CHUNK] for k in todo]
     work = do_chunk, [job] * len(todo), todo, parts
     if min(workers, len(todo)) < 2: return (yield from map(*work))
-    pool = _pool(min(workers, len(todo)))
+    pool = _pool(min(workers, len(todo), 61))  # Windows waits for no more than 61
     try: yield from pool.map(*work)
     except BrokenProcessPool:
         raise InputError('--workers: a worker process was killed, perhaps for want of '
@@ -442,7 +443,9 @@ def _done_before(cfg, df, base, out) -> bool:
 def _claim(out) -> Path:
     "The folder of unfinished work, in a folder that is empty or ours."
     out, part = Path(out), Path(out, '.part')
-    if part.is_dir() or not out.is_dir() or not any(out.iterdir()): return part
+    held = os.listdir(part) if part.is_dir() else ['nothing of ours']
+    ours = not held or any(n == 'plan.json' or n.startswith('.lock-') for n in held)
+    if ours or not out.is_dir() or not any(out.iterdir()): return part
     raise InputError(f'--out {out}: is not empty and holds no prepared dataset; '
                      'choose another folder')
 

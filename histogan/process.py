@@ -6,7 +6,7 @@
 __all__ = ['PATIENCE', 'interruption', 'follow_parent', 'wait_for', 'run_program', 'peak_memory']
 
 # %% ../nbs/00_process.ipynb #pr0c0005
-import contextlib, contextvars, errno, os, select, signal, sys, threading, time
+import contextlib, contextvars, errno, os, re, select, signal, sys, threading, time
 from .core import InputError, Stopped, disk_error, fix_for, say
 
 # %% ../nbs/00_process.ipynb #c0re0091
@@ -108,6 +108,19 @@ def run_program(
         return say(code, words, where) if words else code
     finally: _COMMAND.reset(token)
 
+# %% ../nbs/00_process.ipynb #n0r00m01
+# as Python, NumPy, torch, CUDA and Linux say it
+_ROOM = re.compile('(out of|not enough|allocate) memory|unable to allocate', re.I)
+
+# %% ../nbs/00_process.ipynb #n0r00m02
+def _no_room(e):
+    "What did not fit into the memory of the machine or of its GPU; '' for other errors."
+    while e is not None:
+        if isinstance(e, MemoryError) or _ROOM.search(str(e)):
+            return ' '.join(str(e).split())[:100] or 'of this machine'
+        e = e.__context__
+    return ''
+
 # %% ../nbs/00_process.ipynb #c0re0102
 # the machine's faults, and a file where a folder is needed
 _DISK = 'ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE EEXIST ENOTDIR ENAMETOOLONG'.split()
@@ -119,6 +132,9 @@ def _ending(e, interrupted):
     if isinstance(e, Stopped): return e.code, f'stopped: {e}'
     if isinstance(e, KeyboardInterrupt): return 130, interrupted
     if isinstance(e, BrokenPipeError) and _reader_gone(): return 141, ''
+    if why := _no_room(e): return 2, (
+        f'error: not enough memory ({why}); take a smaller batch, size or network, '
+        'fewer workers, or close other programs')
     cause = disk_error(e)
     if cause is None or errno.errorcode.get(cause.errno) not in _DISK: return None
     place = cause.filename or 'the output'

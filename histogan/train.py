@@ -168,7 +168,7 @@ def open_encoder(
 ) -> tuple:  # the encoder or None, on the run's device; cfg with its hashes
     "The frozen encoder; its weights are part of the run."
     device, file = pick_device(cfg), folder / 'artifacts' / 'encoder.safetensors'
-    was = dict(line.rsplit(' ', 1) for line in cfg.made.encoder)
+    was = dict(line.rpartition(' ')[::2] for line in cfg.made.encoder)
     kept = file if file.is_file() or not was else None  # another one is not kept
     encoder = in_turn(load_encoder, cfg.encoder, num_classes=len(data.classes),
                       data=data, cache_dir=folder.parent / 'cache',
@@ -224,8 +224,9 @@ def claim(
         raise InputError(f'--out {folder}: already holds a run; go on with --resume '
                          f'{folder} or choose another --out')
     claimable(folder)
-    for left in ('encoder', 'classifier'):  # by a start that failed
-        (folder / 'artifacts' / f'{left}.safetensors').unlink(missing_ok=True)
+    if all((folder / sub).is_dir() for sub in RUN_FOLDERS):  # a start that failed
+        for left in ('encoder', 'classifier'):
+            (folder / 'artifacts' / f'{left}.safetensors').unlink(missing_ok=True)
     for sub in RUN_FOLDERS:
         (folder / sub).mkdir(exist_ok=True)
 

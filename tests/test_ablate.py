@@ -22,7 +22,7 @@ def stop_after(out, name, sig):
     "Stop it in the middle of the row after `name`; its exit code and last words."
     p, end = start(out), time.time() + 900
     try:
-        while time.time() < end and p.poll() is None and not ((out/'results'/f'{name}-0.json').exists() and (out/'run').exists()): time.sleep(.01)
+        while time.time() < end and p.poll() is None and not ((out/'results'/f'{name}-0.json').exists() and (out/'.run').exists()): time.sleep(.01)
         p.send_signal(sig)
         said = p.communicate(timeout=300)[1]
         return p.returncode, said

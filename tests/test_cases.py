@@ -140,3 +140,81 @@ def test_a_table_that_grows_is_read_to_its_last_whole_line(tmp_path):
     (tmp_path/'metrics_gan.csv').write_text('step,d_loss\n1,0.5\n2,0.25e-')
     with pytest.raises(InputError, match='line 3'): read_table(tmp_path/'metrics_gan.csv', numbers=['d_loss'])
     assert read_run(tmp_path).log.d_loss.tolist() == [0.5]
+
+# ---- what is not ours is not removed and not written over
+
+def test_an_ablation_leaves_a_run_beside_it_alone(tmp_path, monkeypatch):
+    "`--out outputs`, where a run lies in outputs/run."
+    from histogan import ablate
+    from histogan.config import PRESETS
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'config.json').write_text('{}')
+    def stopped(cfg): raise KeyboardInterrupt
+    monkeypatch.setattr(ablate, 'train_row', stopped)
+    with pytest.raises(KeyboardInterrupt): ablate.run_row(tmp_path, 'modern', PRESETS['smoke'], None, None, 1)
+    assert (tmp_path/'run'/'config.json').exists()
+
+def test_files_of_others_stay_where_a_run_begins(tmp_path):
+    from histogan.core import clear_torn
+    from histogan.train import claim
+    (tmp_path/'artifacts').mkdir(); (tmp_path/'artifacts'/'encoder.safetensors').write_text('mine')
+    for name in ('.notes.tmp', '.x.tmp'): (tmp_path/name).write_text('mine')
+    claim(tmp_path)
+    assert clear_torn(tmp_path) == [] and (tmp_path/'artifacts'/'encoder.safetensors').exists()
+    claim(tmp_path)  # now the folder is that of a start that failed
+    assert not (tmp_path/'artifacts'/'encoder.safetensors').exists()
+
+def test_prepare_takes_no_folder_of_another_program_for_its_own(tmp_path):
+    from histogan.core import InputError
+    from histogan.prepare import _claim
+    (tmp_path/'.part').mkdir(); _claim(tmp_path)
+    (tmp_path/'.part'/'film.mkv').write_text('mine')
+    with pytest.raises(InputError, match='is not empty and holds no prepared dataset'): _claim(tmp_path)
+    (tmp_path/'.part'/'.lock-1').write_text(''); _claim(tmp_path)
+
+def test_an_export_writes_over_no_other_readme(tmp_path, monkeypatch, capsys):
+    from histogan import generate
+    from histogan.generator import Generator, GeneratorConfig
+    monkeypatch.chdir(tmp_path)
+    G = Generator(GeneratorConfig(img_res=16, num_classes=2, z_dim=8, w_dim=8, fmap_base=16, fmap_min=8))
+    G.classes = [0, 1]  # numbers are written as text into the card for people
+    G.save_pretrained('G')
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'README.md').write_text('mine')
+    assert generate.main(['G', '--export', 'mine']) == 2 and 'README.md of something else' in capsys.readouterr().err
+    assert (tmp_path/'mine'/'README.md').read_text() == 'mine' and not (tmp_path/'mine'/'generator.json').exists()
+    assert [generate.main(['G', '--export', 'new']) for _ in '12'] == [0, 0]
+
+def test_folders_of_a_mac_and_jfif_are_compared(tmp_path):
+    from histogan.eval import _files
+    for i in range(3): Image.fromarray(render('TUM', i, 32)).save(tmp_path/f'{i}.jfif', 'JPEG')
+    (tmp_path/'._0.png').write_bytes(b'Mac OS X')
+    assert len(_files(tmp_path)[0]) == 3
+
+# ---- too much for the machine
+
+@pytest.mark.parametrize('said', ['CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7 GiB', "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+                                  'Unable to allocate 8.00 TiB for an array', '[Errno 12] Cannot allocate memory'])
+def test_too_little_memory_is_one_line(said, capsys):
+    from histogan.process import run_program
+    def full(argv): raise RuntimeError(said)
+    assert run_program(full, []) == 2
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith('error: not enough memory (') and 'take a smaller batch' in line
+    def wrong(argv): raise RuntimeError('shapes do not fit')
+    with pytest.raises(RuntimeError): run_program(wrong, [])
+
+@pytest.mark.parametrize('option', ['run.threads', 'data.num_workers'])
+def test_so_many_threads_that_none_starts(option):
+    from histogan.config import PRESETS, override
+    with pytest.raises(ValueError, match='1024'): override(PRESETS['smoke'], {option: 100_000})
+
+def test_a_device_that_holds_no_numbers():
+    from histogan.config import PRESETS, override, pick_device
+    from histogan.core import InputError
+    from histogan.generate import check_device
+    for check in (lambda: pick_device(override(PRESETS['smoke'], {'run.device': 'meta'})), lambda: check_device('meta')):
+        with pytest.raises(InputError, match='device meta: not available on this machine'): check()
+
+@pytest.mark.parametrize('res', [-1, 0, 1])
+def test_a_side_that_has_no_logarithm(res):
+    from histogan.generator import GeneratorConfig
+    with pytest.raises(ValueError, match='img_res must be a power of two'): GeneratorConfig(img_res=res)
