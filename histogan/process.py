@@ -114,7 +114,7 @@ _ROOM = re.compile('(out of|not enough|allocate) memory|unable to allocate', re.
 
 # %% ../nbs/00_process.ipynb #n0r00m02
 def _no_room(e):
-    "What did not fit into the memory of the machine or of its GPU; '' for other errors."
+    "What did not fit into the memory, of a GPU perhaps; '' for other errors."
     while e is not None:
         if isinstance(e, MemoryError) or _ROOM.search(str(e)):
             return ' '.join(str(e).split())[:100] or 'of this machine'
