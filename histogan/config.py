@@ -30,7 +30,7 @@ from .discriminator import DiscriminatorConfig
 from .dist import local_rank, world
 from .selection import SelectionConfig
 from .generator import GeneratorConfig
-from .options import option_names, parse_options, suggestion
+from .options import _numbers, option_names, parse_options, suggestion
 from .guards import EmaConfig, GateConfig, NonFiniteConfig, SaturationConfig
 from .losses import LossConfig
 
@@ -104,6 +104,7 @@ class RunConfig:
             if getattr(self, name) < 0: raise ValueError(f'run.{name} must be ≥ 0')
         if self.n_eval < 2: raise ValueError('run.n_eval must be ≥ 2')
         if self.threads > 1024: raise ValueError('run.threads must be ≤ 1024')
+        if self.seed >= 2**63: raise ValueError('run.seed must be below 2**63')
 
 # %% ../nbs/50_config.ipynb #90f52e9c-3
 @dataclass(frozen=True)
@@ -123,15 +124,6 @@ class MadeConfig:
     "What a run was made with; written by the program, not an option."
     encoder: tuple[str, ...] = ()  # each part of it with the sha256 of its weights
     classifier: str = ''  # sha256 of the held-out classifier
-
-# %% ../nbs/50_config.ipynb #fde69c41
-def _numbers(part, where=''):
-    "Every float of a configuration with its dotted name; NaN passes any other check."
-    for f in fields(part):
-        v, name = getattr(part, f.name), where + f.name
-        if dataclasses.is_dataclass(v): yield from _numbers(v, name + '.')
-        some = v if isinstance(v, tuple) else (v,)
-        yield from ((name, x) for x in some if isinstance(x, float))
 
 # %% ../nbs/50_config.ipynb #90f52e9c-4
 @dataclass(frozen=True)

@@ -359,6 +359,11 @@ def _made(one, n, cfg, file, progress):
 # %% ../nbs/03_data.ipynb #043f1d8d
 def _resumed(cfg: DataConfig, df, progress, cache_dir):  # -> manifest, images
     "The patches of a run that goes on."
+    if 'store_row' in df:
+        raise InputError(
+            f'{cfg.root}: the prepared dataset that the run began with is not there; '
+            f'give its folder with --data.root'
+        )
     df = df.reset_index(drop=True)
     stamps = _stamps(df)
     _check_unchanged(df, stamps, cfg, progress)

@@ -30,7 +30,7 @@ from .core import write_table
 from .eval import EvalArgs, draw_synthetic, pick
 from .options import parse_options
 from .process import run_program
-from .reals import fresh_phantom, split_of
+from .reals import fresh_phantom, split_of, told_by_run
 from .splits import split_by_group
 from .train import open_patches
 
@@ -171,7 +171,8 @@ def open_sources(
 ) -> Sources:  # InputError names what is missing
     "Everything the regimes of a run are made of."
     run, cfg = Path(run), load_config(run)
-    data = open_patches(replace(cfg, out=str(run)), run, resume=True)
+    with told_by_run(run):
+        data = open_patches(replace(cfg, out=str(run)), run, resume=True)
     splits = {k: data.dataset(k).labels for k in ('train', 'val', 'test')}
     counts = {k: np.bincount(y, minlength=len(data.classes)) for k, y in splits.items()}
     check_counts(run, pd.DataFrame(counts, index=data.classes), cfg.is_phantom)

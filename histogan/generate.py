@@ -264,6 +264,7 @@ class GenerateArgs:
         for name, low in dict(per_class=1, seed=0, batch=1, frames=2).items():
             v, option = getattr(self, name), name.replace('_', '-')
             if v < low: raise InputError(f'--{option} {v}: must be at least {low}')
+            if v >= 2**63: raise InputError(f'--{option} {v}: must be below 2**63')
         if sum(map(bool, (self.walk, self.onnx, self.export))) > 1:
             raise InputError('--walk, --onnx, --export: give one of them')
         if self.walk: check_file('--walk', self.walk, ('.png', '.gif'))

@@ -6,7 +6,7 @@
 __all__ = ['suggestion', 'one_line', 'option_names', 'parse_options', 'check_file']
 
 # %% ../nbs/00_options.ipynb #0pt10005
-import contextlib, dataclasses, difflib, io, re, typing
+import contextlib, dataclasses, difflib, io, math, re, typing
 from pathlib import Path
 from .core import InputError
 
@@ -70,13 +70,24 @@ def parse_options(
         if not e.code: raise
         raise InputError(one_line(heard.getvalue())) from None
     except ValueError as e: raise InputError(str(e)) from None
-    if not unknown: return _placed(args)
+    if not unknown: return _checked(args)
     near = suggestion(unknown[0], option_names(cls))
     raise InputError(f'{unknown[0]}: unknown option{near}; --help lists them all')
 
+# %% ../nbs/00_options.ipynb #0n0mb3r5
+def _numbers(part, where=''):
+    "Every float of a configuration with its dotted name; NaN passes any other check."
+    for f in dataclasses.fields(part):
+        v, name = getattr(part, f.name), where + f.name
+        if dataclasses.is_dataclass(v): yield from _numbers(v, name + '.')
+        some = v if isinstance(v, tuple) else (v,)
+        yield from ((name, x) for x in some if isinstance(x, float))
+
 # %% ../nbs/00_options.ipynb #65475dc3
-def _placed(args):
-    "No folder by an empty name: that is the working folder, or an unset variable."
+def _checked(args):
+    "No number that is none, and no folder by an empty name: perhaps an unset variable."
+    for name, x in _numbers(args):
+        if not math.isfinite(x): raise InputError(f'--{name}: {x} is no number')
     for name in ('root', 'run', 'source', 'out'):
         if getattr(args, name, None) != '': continue
         option = '--out' if name == 'out' else name.upper()

@@ -218,3 +218,32 @@ def test_a_device_that_holds_no_numbers():
 def test_a_side_that_has_no_logarithm(res):
     from histogan.generator import GeneratorConfig
     with pytest.raises(ValueError, match='img_res must be a power of two'): GeneratorConfig(img_res=res)
+
+# ---- patches that moved
+
+def test_a_prepared_dataset_that_is_gone_is_not_replaced_by_its_sources(tmp_path, capsys):
+    "The files that it was made of are there still: a resume would train on other colours, with no word."
+    from dataclasses import replace
+    from histogan.core import InputError
+    from histogan.data import DataConfig, load_manifest, open_data, save_manifest
+    from histogan.prepare import PrepareConfig, StainOptions, prepare
+    from histogan.reals import told_by_run
+    table(tmp_path/'data', ['a', 'b'], 12)
+    prepare(PrepareConfig(str(tmp_path/'data'), out=str(tmp_path/'p'), image_size=16, workers=1, stain=StainOptions(method='none')), progress=False)
+    cfg = DataConfig(root=str(tmp_path/'p'), image_size=16, batch_size=4)
+    d = open_data(cfg, progress=False)
+    save_manifest(d.manifest, tmp_path/'m.csv')
+    (tmp_path/'p').rename(tmp_path/'q')
+    kept = load_manifest(tmp_path/'m.csv')
+    with pytest.raises(InputError, match='the prepared dataset that the run began with is not there; give its folder with --data.root'): open_data(cfg, kept, progress=False)
+    with pytest.raises(InputError, match='with histogan.train --resume RUN --data.root FOLDER --allow-change data.root'), told_by_run('RUN'): open_data(cfg, kept, progress=False)
+    again = open_data(replace(cfg, root=str(tmp_path/'q')), kept, progress=False)
+    assert again.manifest.split.tolist() == kept.split.tolist()
+
+@pytest.mark.parametrize('args', [['generate', 'run', '--seed', '9' * 20], ['train', '--preset', 'smoke', '--run.seed', '9' * 20], ['downstream', 'run', '--lr', 'nan'], ['prepare', 'data', '--mpp', 'nan']])
+def test_numbers_that_no_program_can_use(args, tmp_path, monkeypatch, capsys):
+    import importlib
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(f'histogan.{args[0]}').main(args[1:]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and args[-2].lstrip('-') in said[0], said
