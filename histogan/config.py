@@ -226,7 +226,7 @@ def _demo() -> Config:
     base = on_phantom(64)
     return replace(
         base, preset='demo', out='outputs/demo',
-        run=replace(base.run, steps=2500, sample_every=250, save_every=500),
+        run=replace(base.run, steps=3500, sample_every=250, save_every=500),
     )
 
 # %% ../nbs/50_config.ipynb #ae5b2caa
