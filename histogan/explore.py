@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'picture', 'slide', 'beside', 'draw_sample', 'as_picture', 'draw_walk', 'nearest_patch', 'bent_trace',
-           'simulate', 'draw_guards', 'curves', 'dirac_gan', 'draw_dirac', 'draw_threshold', 'draw_stains',
-           'read_curves', 'draw_run', 'watch']
+           'simulate', 'draw_guards', 'curves', 'dirac_gan', 'draw_dirac', 'ring_points', 'ring_covered', 'ring_gan',
+           'draw_ring', 'draw_threshold', 'reasons_of', 'draw_rejected', 'draw_stains', 'read_curves', 'draw_run',
+           'watch']
 
 # %% ../nbs/70_explore.ipynb #455f5b74
-import csv, json, math
+import copy, csv, json, math
 import numpy as np
 import torch
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from PIL import Image, ImageDraw
+from torch import nn
 from .augment import AdaConfig, AdaState, ada_update
+from .core import read_table
 from .guards import (GateConfig, GateObs, GateState, SaturationConfig,
                              SaturationObs, SaturationState, gate_update,
                              saturation_update)
 from .losses import d_hinge, d_logistic, d_relativistic, g_hinge, g_nonsat
-from .losses import g_relativistic
+from .losses import g_relativistic, r1_penalty
 from .phantom import render, render_densities, stain_for, transmit
 from .quality import quality_metrics
 
@@ -284,6 +287,81 @@ def draw_dirac(
     )
     return picture(fig, 80)
 
+# %% ../nbs/70_explore.ipynb #e508a411
+def ring_points(
+    n: int,  # points; ≥ 1
+) -> torch.Tensor:  # (n, 2)
+    "Real samples: points near a circle of radius 1."
+    angle, radius = 2 * math.pi * torch.rand(n), 1 + .05 * torch.randn(n)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+# %% ../nbs/70_explore.ipynb #ad529c4c
+def ring_covered(
+    points: torch.Tensor,  # (n, 2)
+    sectors: int = 24,  # into which the ring is cut; ≥ 1
+) -> float:  # [0, 1]
+    "Share of the ring's sectors that hold a point."
+    near = points[(points.norm(dim=1) - 1).abs() < .25]
+    turn = torch.atan2(near[:, 1], near[:, 0]) / (2 * math.pi) + .5
+    return len((turn * sectors).floor().unique()) / sectors
+
+# %% ../nbs/70_explore.ipynb #cb345b34
+def _ring_step(G, D, opt_G, opt_D, losses, r1, r2, n=128):
+    "One step of D, one of G, with the project's losses."
+    x, fake = ring_points(n).requires_grad_(), G(torch.randn(n, 4))
+    y = fake.detach().requires_grad_()
+    real, made = D(x), D(y)
+    slopes = r1 * r1_penalty(x, real) + r2 * r1_penalty(y, made)
+    for opt, loss in ((opt_D, lambda: losses[0](real, made) + slopes / 2),
+                      (opt_G, lambda: losses[1](D(fake), D(x).detach()))):
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+
+# %% ../nbs/70_explore.ipynb #83402043
+def ring_gan(
+    loss: str = 'relativistic',  # a key of OBJECTIVES
+    r1: float = .2,  # weight of D's squared slope at the reals; ≥ 0
+    r2: float = .2,  # the same at the fakes; ≥ 0
+    beta1: float = 0.,  # first moment of Adam; [0, 1)
+    ratio: float = 1.,  # learning rate of D over that of G; > 0
+    ema: float = .98,  # share of the EMA generator kept per step; [0, 1)
+    lr: float = .005,  # learning rate of G; > 0
+    steps: int = 300,  # of each side
+) -> tuple[torch.Tensor, torch.Tensor]:  # (400, 2) each: of G and of its EMA
+    "What a small GAN draws after a training on the ring."
+    layers = lambda a, b: nn.Sequential(
+        nn.Linear(a, 64), nn.LeakyReLU(.2), nn.Linear(64, 64), nn.LeakyReLU(.2),
+        nn.Linear(64, b))
+    with torch.random.fork_rng(devices=[]):  # the caller's numbers stay as they are
+        torch.manual_seed(0)
+        G, D, z = layers(4, 2), layers(2, 1), torch.randn(400, 4)
+        mean = copy.deepcopy(G).requires_grad_(False)
+        opts = [torch.optim.Adam(net.parameters(), rate, betas=(beta1, .99))
+                for net, rate in ((G, lr), (D, lr * ratio))]
+        for _ in range(steps):
+            _ring_step(G, D, *opts, OBJECTIVES[loss], r1, r2)
+            with torch.no_grad():
+                torch._foreach_lerp_([*mean.parameters()], [*G.parameters()], 1 - ema)
+        with torch.no_grad(): return G(z), mean(z)
+
+# %% ../nbs/70_explore.ipynb #9997b4da
+def draw_ring(
+    **how,  # arguments of ring_gan
+) -> Image.Image:
+    "Points of G and of its EMA on the ring, and how much of it they cover."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(5.2, 2.9))
+    for ax, name, points in zip(axes, ('G', 'its EMA'), ring_gan(**how)):
+        ax.add_patch(plt.Circle((0, 0), 1, fill=False, lw=4, ec='lightgrey'))
+        ax.plot(*points.T, '.', ms=3, c='tab:red')
+        ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal')
+        ax.set_title(f'{name}: {ring_covered(points):.0%} of the ring', fontsize=9)
+        ax.axis('off')
+    words = ', '.join(f'{k}={v}' for k, v in how.items()) or 'relativistic, R1 and R2'
+    fig.suptitle(words, fontsize=9)
+    return picture(fig, 80)
+
 # %% ../nbs/70_explore.ipynb #29ea455b
 def draw_threshold(
     patches: list,  # (H, W, 3) uint8, all of one size
@@ -308,6 +386,34 @@ def draw_threshold(
                 (0, 0, side - 1, side - 1), outline='red', width=3
             )
         page.paste(tile, (at[0] * side, at[1] * side))
+    return page
+
+# %% ../nbs/70_explore.ipynb #407ad466
+def reasons_of(
+    folder,  # of a prepared dataset
+):  # reason -> number of patches, the most frequent first
+    "Why patches were rejected."
+    why = read_table(Path(folder, 'manifest.csv')).why
+    why = why.str.removeprefix('quality: ').str.split('; ').explode()
+    return why[why != ''].value_counts().to_dict()
+
+# %% ../nbs/70_explore.ipynb #be2a245f
+def draw_rejected(
+    folder,  # of a prepared dataset
+    reason: str = '',  # of reasons_of; '': any
+    columns: int = 9,  # patches in a row
+    side: int = 64,  # of each; px
+) -> Image.Image:
+    "The patches that were rejected for a reason, as they are stored."
+    df = read_table(Path(folder, 'manifest.csv'))
+    rows = np.flatnonzero((df.kept == '0') & df.why.str.contains(reason, regex=False)
+                          & (df.stored != ''))
+    images = np.load(Path(folder, 'images.npy'), mmap_mode='r')
+    page = Image.new('RGB', (columns * side, max(-(-len(rows) // columns), 1) * side),
+                     'white')
+    for k, i in enumerate(rows):
+        tile = Image.fromarray(images[i]).resize((side, side))
+        page.paste(tile, (k % columns * side, k // columns * side))
     return page
 
 # %% ../nbs/70_explore.ipynb #d88f199f

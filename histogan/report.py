@@ -293,7 +293,7 @@ def _distribution(r):
     by_set = by_set.map('{:.4g}'.format).reset_index()
     first, notes = t.iloc[0], t[t.note != ''].drop_duplicates(['metric', 'note'])
     said = notes.groupby('note', sort=False).metric.agg(', '.join)  # each note once
-    remarks = ' '.join(f'{note[0].upper()}{note[1:]}: {m}.' for note, m in said.items())
+    remarks = ' '.join(f'{note}: {m}.' for note, m in said.items())
     left_out = '; '.join(r.json('eval').get('left_out', []))
     lead = (f'Compared with {first.reference}: {first.n:.0f} synthetic patches against '
             f'{first.n_ref:.0f} reals. The columns besides synthetic compare reals '
