@@ -19,6 +19,7 @@ class Page:
     anchors: set = field(default_factory=set)   # what a link may point to
     links: list = field(default_factory=list)   # targets of links and pictures
     refs: list = field(default_factory=list)    # names after an @
+    prose: str = ''                             # its Markdown, printed tables and signatures included
     faults: list = field(default_factory=list)  # what is wrong within the page itself
 
 def options(source):
@@ -37,8 +38,20 @@ def add_figure(page, opts, outputs):
     if picture and not str(label).startswith('fig-'): page.faults.append(f'a figure without a fig- label: {caption}')
     if caption and not picture: page.faults.append(f'a caption without a stored figure: {caption}')
 
+FORMULA = re.compile(r'\${1,2}[^$]+\${1,2}')
+NAMED = re.compile(r'(?<![\[\w/])`(\d\d_[a-z_]+)`(?!\])')
+
+def reading_faults(text, names):
+    "What a reader stumbles over: raw link markup in code, doubled backslashes in a formula, a page that is named and not linked."
+    blocks = re.findall(r'```.*?```', text, re.S) + re.findall(r'<code>[^<]*', text)
+    yield from (f'a link within code: {b[:60]!r}' for b in blocks if '](http' in b)
+    for formula in FORMULA.findall(re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S)):
+        if re.search(r'\\\\[a-zA-Z]{2,}', formula) and '\\begin' not in formula: yield f'doubled backslashes in a formula: {formula[:60]!r}'
+    yield from (f'{name} is named and not linked' if name in names else f'{name} is no page' for name in NAMED.findall(text))
+
 def add_prose(page, text):
     "Record the anchors, links and references of a page's Markdown."
+    page.prose = text
     # a word in backticks within a link's text becomes a link in a link, which shows its brackets
     page.faults += [f'a link within a link: {word}' for word in re.findall(r'\[\[`([^`]+)`\]\(', text)]
     page.anchors |= set(re.findall(r'\{#([\w-]+)', text)) | set(re.findall(r'\bid="([^"]+)"', text))
@@ -103,7 +116,9 @@ def problems(folder):
     found = [f'sidebar.yml: {name} is not listed' for name in pages if name not in side]
     found += [f'sidebar.yml: {name} is listed but is no page' for name in side if name not in pages]
     found += [f'sidebar.yml: {name} is listed twice' for name in sorted(set(side)) if side.count(name) > 1]
+    names = {Path(name).stem for name in pages}
     for name, page in pages.items():
+        found += [f'{name}: {fault}' for fault in reading_faults(page.prose, names)]
         found += [f'{name}: no {key} in the front matter' for key in ('title', 'description') if not page.meta.get(key)]
         found += [f'{name}: {fault}' for fault in [*page.faults, *link_faults(page, pages, site, folder)]]
     return found

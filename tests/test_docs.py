@@ -123,10 +123,25 @@ def test_a_sound_page_passes(tmp_path):
     ([FRONT, code('#| label: fig-a\n#| fig-cap: "A line."\nplot()')], 'caption without a stored figure'),
     ([FRONT, code('1/0', [{'output_type': 'error'}])], 'a stored error'),
     ([md('no front matter')], 'no title'),
+    ([FRONT, md('```python\ndef f(x): # as [`g`](https://example.org/x/a.html#g)\n```')], 'a link within code'),
+    ([FRONT, md('As <code>x: [`g`](https://example.org/x/a.html)</code> has it.')], 'a link within code'),
+    ([FRONT, md('$$\\\\frac{1}{2}$$')], 'doubled backslashes'),
+    ([FRONT, md('See `52_train`.')], '52_train is no page'),
 ])
 def test_a_fault_is_found(tmp_path, cells, fault):
     found = problems(site(tmp_path, *cells))
     assert any(fault in line for line in found), found
+
+def test_a_page_that_is_named_and_not_linked_is_found(tmp_path):
+    site(tmp_path, FRONT, contents='a.ipynb, 10_blocks.ipynb')
+    (tmp_path/'10_blocks.ipynb').write_text(json.dumps({'cells': [FRONT, md('As [`10_blocks`](10_blocks.ipynb) and `10_blocks` say.')]}))
+    assert problems(tmp_path) == ['10_blocks.ipynb: 10_blocks is named and not linked']
+
+def test_a_source_that_names_a_page_names_one_that_is_there():
+    "`n_eval … measured, 52_train` points to nothing once that page has another name."
+    said = {(m, page) for m, text in MODULES.items() for page in re.findall(r'#.*?\bmeasured, (\d\d_\w+)', text)}
+    assert len(said) > 5
+    assert not [f'{m}: measured, {page}' for m, page in sorted(said) if not (ROOT/'nbs'/f'{page}.ipynb').exists()]
 
 @pytest.mark.parametrize('contents, fault', [('', 'not listed'), ('a.ipynb, b.ipynb', 'is no page'), ('a.ipynb, a.ipynb', 'listed twice')])
 def test_a_wrong_sidebar_is_found(tmp_path, contents, fault):
