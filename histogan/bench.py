@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIVEN_BACK', 'ROWS', 'race', 'Row', 'compared', 'BenchArgs', 'step_rows', 'sampling_rows', 'peak_bytes', 'count_rows',
-           'flop_rows', 'stain_rows', 'reading_rows', 'startup_rows', 'growth_rows', 'bench', 'machine', 'line_of',
-           'main']
+           'flop_rows', 'stain_rows', 'reading_rows', 'preparing_rows', 'startup_rows', 'growth_rows', 'bench',
+           'machine', 'line_of', 'main']
 
 # %% ../nbs/57_bench.ipynb #781fbd89
 from . import startup  # answers a known --help, before all else loads
@@ -15,6 +15,7 @@ import os, shutil, subprocess, sys, tempfile, time
 import numpy as np
 import torch
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from .core import InputError, read_json, versions, write_json
@@ -280,6 +281,22 @@ def _prepared(folder, per_class, size):
     quality = replace(cfg.quality, thresholds='none')
     return prepare(replace(cfg, stain=stain, quality=quality), progress=False)
 
+# %% ../nbs/57_bench.ipynb #1e432b3b
+def preparing_rows(
+    a: BenchArgs,  # rounds
+) -> list[Row]:  # of ours alone
+    "Patches of 224 px through the quality filter and Vahadane, in one process."
+    size, each = (32, 1) if a.tiny else (224, 10)
+    with tempfile.TemporaryDirectory() as d:
+        root = make_phantom(Path(d, 'png'), each, size, seed=5)
+        cfg = PrepareConfig(str(root), image_size=size, workers=1)
+        cfg = replace(cfg, quality=replace(cfg.quality, thresholds='calibrate'))
+        new = (replace(cfg, out=f'{d}/{k}') for k in count())
+        times = race(dict(ours=lambda: prepare(next(new), progress=False)), a.rounds)
+    ms = 1000 * float(np.median(times['ours'])) / (9 * each)
+    note = f'{size} px, a patch: metrics, Vahadane, copies, split; {9 * each} patches'
+    return [Row('preparing', ms, None, 'ms', note=note)]
+
 # %% ../nbs/57_bench.ipynb #7663cab7
 def startup_rows(
     a: BenchArgs,  # rounds
@@ -323,8 +340,8 @@ ROWS = {
     'poc-64': lambda a: step_rows(a, 'poc 64 px', 'poc', 64),
     'poc-128': lambda a: step_rows(a, 'poc 128 px, 512', 'poc', 128, fmap_base=512),
     'sampling': sampling_rows, 'counts': count_rows, 'flops': flop_rows,
-    'stain': stain_rows, 'reading': reading_rows, 'startup': startup_rows,
-    'growth': growth_rows}
+    'stain': stain_rows, 'reading': reading_rows, 'preparing': preparing_rows,
+    'startup': startup_rows, 'growth': growth_rows}
 
 # %% ../nbs/57_bench.ipynb #fea65b0c
 def bench(

@@ -537,7 +537,7 @@ def open_data(
     cfg: DataConfig,  # where the patches are and how they are used
     manifest: pd.DataFrame | None = None,  # already split, from an earlier run
     progress: bool = True,  # show the classes found, and a bar while files are read
-    # PIN_MEMORY; None: if CUDA is there; original recipe
+    # PIN_MEMORY; None: for a CUDA device, or if there is one; original recipe
     pin_memory: bool | None = None,
     rank: int = 0,  # which process this is; 0 to world - 1
     world: int = 1,  # processes that share each batch of training
@@ -558,6 +558,7 @@ def open_data(
     )
     if not rank and manifest is None: _say_rim(train)
     order = _order_of(cfg, train.labels, rank, world)
+    if pin_memory is None and device: pin_memory = str(device).startswith('cuda')
     handing = _handing(cfg, train, order, world, pin_memory, device)
     shown = loader_of(held, range(len(held)), cfg.batch_size, pin=pin_memory)
     return OpenData(cfg, classes, df, images, order, handing, shown, mpp)

@@ -553,6 +553,10 @@ def dry_run(
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(
         scale=cfg.scale,  # the dial, and what it chose
+        channels=s.cfg.g.widths,
+        z_dim=cfg.g.z_dim,
+        heads=len(s.cfg.d.heads) + len(s.D.pairs),
+        head_channels=cfg.d.head_ch,
         batch_size=cfg.data.batch_size,
         lr_g=cfg.optim.lr_g,
         lr_d=cfg.optim.lr_d,

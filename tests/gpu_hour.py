@@ -7,11 +7,13 @@ phantom-S, phantom-M  `modern` at 256 px on phantom patches at two marks of the 
                       recall, density and coverage in features that D has never seen
 real-S, real-M        the same on a folder of patches given with --real
 
-A slice writes DIR/SLICE.json after each part and goes on where it stopped: the same command again does what is left. What cannot be done is
+A slice writes DIR/SLICE.json after each part and goes on where it stopped: the same command again does what is left. A part that would not end in time is
+left to the next call, a training saves a minute before the time is up. What cannot be done is
 written down with its reason. Nothing is fetched. With --toy everything runs in a minute on a CPU.
 """
 import argparse
 import json
+import signal
 import sys
 import time
 import traceback
@@ -191,15 +193,18 @@ def trained(a, scale, root, deadline):
     cfg, rows = run_config(a, scale, root), []
     folder, resume = Path(cfg.out), Path(cfg.out, 'config.json').exists()
     if resume: cfg = replace(load_config(folder), out=str(folder))
-    cfg = replace(cfg, run=replace(cfg.run, max_hours=max(deadline - time.monotonic() - 60, 5)/3600))
-    began, ended = time.monotonic(), 'trained to its end'
-    try: train(cfg, resume=resume, hook=lambda s, row, verdicts: rows.append((s.step, time.monotonic())))
+    began, ended, asked = time.monotonic(), 'trained to its end', []
+    def hook(s, row, verdicts):
+        "Asks the run to save and end a minute before the time is up, whatever opening it took."
+        rows.append((s.step, time.monotonic()))
+        if time.monotonic() > deadline - 60 and not asked: asked.append(signal.raise_signal(signal.SIGINT))
+    try: train(cfg, resume=resume, hook=hook)
     except Stopped as e:
         if e.code != 130: raise
         ended = str(e)
     (first, t0), (last, t1) = rows[0] if rows else (0, began), rows[-1] if rows else (0, began)
     speed = cfg.data.batch_size*(last - first)/(t1 - t0) if t1 > t0 else None
-    return dict(ended=ended, last_step=last, images_per_second=speed, scale=cfg.scale, batch=cfg.data.batch_size, finished=last >= cfg.run.steps > 0 or 'end' in ended)
+    return dict(ended=ended, last_step=last, images_per_second=speed, scale=cfg.scale, batch=cfg.data.batch_size, finished=last >= cfg.run.steps > 0 or ended == 'trained to its end')
 
 def judged(a):
     "The newest samples: a grid, and their features beside those of reals that were held back."
@@ -249,25 +254,30 @@ def again(part):
     "Is a part of an earlier call to be done once more? A training that stopped is, and so is what looks at it."
     return not part['ok'] or isinstance(part['found'], dict) and part['found'].get('finished') is False
 
+def lasts(table, name):
+    "Seconds that a part will take: what it took before, or the longest of the others."
+    took = {k: p['seconds'] for k, p in table['parts'].items()}
+    return took.get(name, max(took.values(), default=0))
+
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('slice', choices=SLICES)
     ap.add_argument('--out', default='gpu_hour', help='folder for JSON, pictures and runs')
     ap.add_argument('--toy', action='store_true', help='sizes for a CPU')
     ap.add_argument('--real', default='', help='folder of patches, a folder per class')
-    ap.add_argument('--minutes', type=float, default=MINUTES, help='no part begins after this')
+    ap.add_argument('--minutes', type=float, default=MINUTES, help='no part begins that would not end by then; the first of a call does')
     a = ap.parse_args(argv)
     deadline, file = time.monotonic() + 60*a.minutes, Path(a.out, f'{a.slice}.json')
     file.parent.mkdir(parents=True, exist_ok=True)
     table = json.loads(file.read_text()) if file.exists() else dict(parts={})
     table['made'] = machine(BenchArgs())
     parts = checks(a) if a.slice == 'checks' else bench(a) if a.slice == 'bench' else training(a, deadline)
-    trains = 'train' in parts
+    trains, begun = 'train' in parts, False
     for name, part in parts.items():
         was = table['parts'].get(name)
         if was and not again(was) and not (trains and name != 'train' and table.get('went_on')): continue
-        if time.monotonic() > deadline and not trains: break
-        began = time.monotonic()
+        if not trains and time.monotonic() + (lasts(table, name) if begun else 0) > deadline: break
+        began, begun = time.monotonic(), True
         table['parts'][name] = attempt(part) | dict(seconds=round(time.monotonic() - began, 1))
         table['went_on'] = trains  # what looks at a training is done again after it
         write_json(file, table)

@@ -464,6 +464,13 @@ def test_only_what_fits_goes_to_the_device(toy, monkeypatch):
     plain = open_data(DataConfig(root=str(toy), image_size=16, batch_size=5, samples_per_class=10), progress=False, device='cpu')
     assert plain.train.num_workers == 0 and not plain.train.pin_memory
 
+def test_a_run_on_the_cpu_pins_nothing_where_there_is_a_gpu(toy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    cfg = DataConfig(root=str(toy), image_size=16, batch_size=5, samples_per_class=10, on_device='off')
+    for device, pinned in (('cpu', False), ('cuda:0', True), (None, True)):
+        made = open_data(cfg, progress=False, device=device)
+        assert [d.pin_memory for d in (made.train, made.loader_real_eval)] == [pinned]*2 and (made.train.num_workers > 0) == pinned
+
 def test_a_loader_for_cuda_is_pinned_and_its_workers_stay(toy):
     from histogan.batches import WORKERS, loader_of
     data = HistoDataset(scan(toy), ['A', 'B', 'C'], 16)

@@ -40,5 +40,17 @@ def test_training(name, tmp_path):
     assert {'precision', 'recall', 'coverage'} <= set(table['parts']['judge']['found'])
     assert 0 < (tmp_path/f'{name}.jpg').stat().st_size < 16*2**20
 
+def test_a_training_saves_when_its_time_is_up_and_goes_on(tmp_path):
+    "Whatever opening it took: with no time at all it saves after its first step."
+    said, table = hour('phantom-S', '--minutes', '0', out=tmp_path)
+    assert not failed(table) and 'interrupted at step 1 and saved' in table['parts']['train']['found']['ended'] and 'train' in table['left']
+    said, table = hour('phantom-S', out=tmp_path)
+    assert not failed(table) and table['parts']['train']['found']['last_step'] == 4 and not table['left']
+
+def test_a_part_begins_only_if_it_will_end_in_time():
+    import gpu_hour
+    table = dict(parts={'a': dict(seconds=30.), 'b': dict(seconds=90.)})
+    assert [gpu_hour.lasts(table, k) for k in 'abc'] == [30, 90, 90] and gpu_hour.lasts(dict(parts={}), 'a') == 0
+
 def test_without_real_patches_it_says_so(tmp_path):
     assert '--real' in hour('real-S', out=tmp_path)[1]['parts']['train']['skipped']

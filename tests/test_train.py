@@ -199,6 +199,9 @@ def test_the_dial_says_what_it_chose_and_what_that_costs(patches, tmp_path):
     said = [train('--data.root', patches, '--out', tmp_path/'run', '--dry-run', *more) for more in ([], ['--scale', 'M', '--optim.lr-g', '0.003'])]
     small, large = (dict(line.split(': ') for line in s.out.splitlines() if ': ' in line) for s in said)
     assert large['batch_size'] == small['batch_size'] == '4' and int(large['G_parameters']) > 2*int(small['G_parameters']), said[1].err
+    of = lambda said: [int(c) for c in said['channels'].strip('()').split(',')]
+    assert of(large) == [2*c for c in of(small)] and int(large['head_channels']) == 1.5*int(small['head_channels']), said[1].out
+    assert int(large['heads']) == int(small['heads']) == 5 and int(large['z_dim']) == 2*int(small['z_dim'])
     assert large['scale'] == 'M' and float(large['lr_g']) == .003 and float(large['half_life_img']) > float(small['half_life_img'])
     done = train('--data.root', patches, '--out', tmp_path/'run', '--scale', 'M', '--run.steps', '2')
     assert done.rc == 0 and json.loads((tmp_path/'run'/'config.json').read_text())['scale'] == 'M', done.err
