@@ -4,14 +4,17 @@ import copy
 import pytest
 import torch
 
+from histogan import blocks
 from histogan.device import count_syncs, nondeterministic, set_arithmetic
 from histogan.encoder import load_encoder
-from histogan.plain import CLASSES, batch_of, bench_config
+from histogan.plain import CLASSES, batch_of, bench_config, plain_step, twins
 from histogan.state import build, load_state_dict, state_dict
 from histogan.step import settle, take_step, train_step
 
-def started(preset, size=16, **run):
-    cfg = bench_config(preset, size, 4, **dict(fmap_base=64) if preset == 'poc' else {}, **run)
+def config(preset, fmap_base=0, **run): return bench_config(preset, 16, 4, fmap_base or 64*(preset == 'poc'), **run)
+
+def started(preset, **run):
+    cfg = config(preset, **run)
     s = build(cfg, [str(k) for k in range(CLASSES)], load_encoder(cfg.encoder), 1000)
     return s, *batch_of(cfg)
 
@@ -45,3 +48,15 @@ def test_a_fixed_order_where_it_is_asked_for(preset):
     s, x, y = started(preset)
     train_step(s, x, y)
     assert 'upsample_bilinear2d_backward' in nondeterministic(lambda: train_step(s, x, y))
+
+@pytest.mark.parametrize('preset, steps, passes', [('modern', 3, 1), ('poc', 1, 2)])
+def test_wide_layers_take_the_short_way_and_change_no_loss(preset, steps, passes, monkeypatch):
+    "Losses are those of the plain form, whose convolutions are written out; later steps of `poc` part by themselves, whichever way they go."
+    cfg, way, used = config(preset, 128), blocks.winograd, []
+    ours, plain = twins(cfg, 'off')
+    x, y = batch_of(cfg)
+    monkeypatch.setattr(blocks, 'winograd', lambda *of: (used.append(of), way(*of))[1])
+    for k in range(steps):
+        row, _ = train_step(ours, x, y)
+        assert (row['d_loss'], row['g_loss']) == pytest.approx(plain_step(plain, x, y), rel=1e-5, abs=1e-5)
+    assert len(used) == 4*steps*passes  # each block has two, four of them of 128 channels
