@@ -554,12 +554,9 @@ def dry_run(
     return dict(
         scale=cfg.scale,  # the dial, and what it chose
         channels=s.cfg.g.widths,
-        z_dim=cfg.g.z_dim,
+        z_dim=cfg.g.z_dim, head_channels=cfg.d.head_ch,
         heads=len(s.cfg.d.heads) + len(s.D.pairs),
-        head_channels=cfg.d.head_ch,
-        batch_size=cfg.data.batch_size,
-        lr_g=cfg.optim.lr_g,
-        lr_d=cfg.optim.lr_d,
+        batch_size=cfg.data.batch_size, lr_g=cfg.optim.lr_g, lr_d=cfg.optim.lr_d,
         half_life_img=cfg.ema.half_life_img,
         G_parameters=count(s.G),
         D_parameters=count(s.D),
