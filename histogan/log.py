@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from .config import load_config
-from .core import InputError, read_table, sync_file, write_file
+from .core import InputError, read_table, sync_file, warn_line, write_file
 from .data import to_uint8
 from .dist import world
 from .encoder import why_no_encoder
@@ -106,7 +106,7 @@ def records(
     "What was written whole; InputError names a damaged line."
     whole = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
     def one(k, line):
-        try: return read(line.decode())
+        try: return read(line.decode().rstrip('\r'))  # as a spreadsheet ends it
         except (ValueError, LookupError, TypeError):
             told = f'{path}, line {k}: damaged; delete the line or take the file'
             raise InputError(f'{told} from a copy') from None
@@ -118,7 +118,7 @@ def continue_events(
     step: int,  # of the checkpoint
 ):
     "Drop events after the checkpoint."
-    stepped = records(path, lambda l: (json.loads(l)['step'], l))
+    stepped = records(path, lambda l: (int(json.loads(l)['step']), l))
     write_file(path, ''.join(l + '\n' for n, l in stepped if n <= step))
 
 # %% ../nbs/53_log.ipynb #6262c76c-2
@@ -135,6 +135,9 @@ def continue_table(
     numbered = lambda l: (split(l), -1 if split(l) == first else int(split(l)[at]))
     rows = records(path, numbered)[1:]
     kept = [dict(zip(first, r)) for r, n in rows if n <= step]
+    last = max((n for _, n in rows), default=0)
+    if last < step: warn_line(f'{path}: ends at step {last}, the checkpoint is of step '
+                              f'{step}; the rows between are missing')
     lines = [columns, *([r.get(c, '') for c in columns] for r in kept)]
     write_file(path, ''.join(','.join(l) + '\n' for l in lines))
     return columns

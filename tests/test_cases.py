@@ -247,3 +247,24 @@ def test_numbers_that_no_program_can_use(args, tmp_path, monkeypatch, capsys):
     assert importlib.import_module(f'histogan.{args[0]}').main(args[1:]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and args[-2].lstrip('-') in said[0], said
+
+# ---- the log of a run after somebody had it in a spreadsheet
+
+def test_a_log_that_was_saved_again_or_lost(tmp_path, capsys):
+    from histogan.core import InputError
+    from histogan.log import continue_events, continue_table
+    from histogan.step import COLUMNS
+    log, row = tmp_path/'metrics_gan.csv', lambda k: ','.join(str(k) if c == 'step' else '' for c in COLUMNS) + '\n'
+    whole = ','.join(COLUMNS) + '\n' + row(1) + row(2)
+    log.write_bytes(whole.replace('\n', '\r\n').encode())
+    assert continue_table(log, 2) == COLUMNS and log.read_text() == whole and capsys.readouterr().err == ''
+    continue_table(log, 5)
+    assert 'ends at step 2, the checkpoint is of step 5' in capsys.readouterr().err
+    log.unlink()
+    continue_table(log, 0)
+    assert capsys.readouterr().err == ''
+    for line, right in (('{"step": "3"}', True), ('[1]', False), ('{}', False), ('{"step": "three"}', False)):
+        (tmp_path/'events.jsonl').write_text(line + '\n')
+        if right: continue_events(tmp_path/'events.jsonl', 9)
+        else:
+            with pytest.raises(InputError, match='line 1: damaged'): continue_events(tmp_path/'events.jsonl', 9)
