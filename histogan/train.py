@@ -146,9 +146,10 @@ def open_patches(
     patches = data_of(cfg, table if resume else None)
     raw = cfg.preset == 'poc' and not cfg.is_phantom and not is_prepared(patches.root)
     if raw and not resume and not rank():
-        warn_line(NOT_PREPARED.format(cfg.data.root or 'FOLDER'))
+        warn_line(NOT_PREPARED.format(cfg.data.folder or 'FOLDER'))
     manifest = None
-    if resume: manifest = load_manifest(table, patches.root, test_root=patches.test_root)
+    if resume:
+        manifest = load_manifest(table, patches.folder, test_root=patches.test_root)
     return in_turn(open_data, patches, manifest, progress=rank() == 0, rank=rank(),
                    world=world(), cache_dir=folder.parent / 'cache' / 'patches',
                    device=pick_device(cfg))

@@ -268,3 +268,16 @@ def test_a_log_that_was_saved_again_or_lost(tmp_path, capsys):
         if right: continue_events(tmp_path/'events.jsonl', 9)
         else:
             with pytest.raises(InputError, match='line 1: damaged'): continue_events(tmp_path/'events.jsonl', 9)
+
+def test_a_table_that_replaced_the_phantom_is_not_looked_for_below_it(tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+    from histogan.config import PRESETS
+    from histogan.data import DataConfig, open_data, save_manifest
+    from histogan.train import open_patches
+    m = table(tmp_path/'data', ['a', 'b'], 12)
+    data = replace(PRESETS['smoke'].data, root='phantom', manifest=str(m), image_size=16, batch_size=4)
+    (tmp_path/'run'/'artifacts').mkdir(parents=True)
+    save_manifest(open_data(data, progress=False).manifest, tmp_path/'run'/'artifacts'/'manifest.csv')
+    capsys.readouterr()
+    open_patches(replace(PRESETS['smoke'], data=data, out=str(tmp_path/'run')), tmp_path/'run', resume=True)
+    assert 'phantom' not in capsys.readouterr().err
