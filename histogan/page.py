@@ -216,7 +216,7 @@ class Fields:
     def _repr_markdown_(self):
         head = '| field | type | default | meaning | source of the default |'
         code = lambda words: f'`{words}`' if words else ''
-        cells = [[code(r['name']), code(r['type']), code(r['default']),
+        cells = [[f"<code>{r['name']}</code>", code(r['type']), code(r['default']),
                   r['meaning'], r['source']] for r in self.rows]
         safe = [' | '.join(c.replace('|', '\\|') for c in line) for line in cells]
         widths = '|' + '|'.join('-' * n for n in (14, 9, 9, 30, 16)) + '|'

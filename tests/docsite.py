@@ -144,9 +144,9 @@ def in_reach(source):
     return found
 
 def tables_of(path):
-    "The Markdown that a processed page's own cells print; that of signatures left out."
+    "The Markdown that a processed page's own cells show, tables of fields among it; that of signatures left out."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    own = [c for c in cells if c['cell_type'] == 'code' and 'output: asis' in ''.join(c['source']) and 'show_doc(' not in ''.join(c['source'])]
+    own = [c for c in cells if c['cell_type'] == 'code' and 'show_doc(' not in ''.join(c['source'])]
     return [''.join(out['data']['text/markdown']) for c in own for out in c['outputs'] if 'text/markdown' in out.get('data', {})]
 
 def automatic_links(processed, source):

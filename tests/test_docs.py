@@ -88,6 +88,12 @@ def test_landing_page_links_every_notebook():
     page = (ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8')
     assert [p.name for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if f']({p.name})' not in page] == []
 
+def test_the_landing_page_is_read_in_two_minutes():
+    "At most 900 words, code among them; the picture and the first command come within the first 150."
+    text = '\n\n'.join(cells_of(ROOT/'nbs'/'index.ipynb', 'markdown'))
+    count = lambda part: sum(bool(re.search(r'\w', w)) for w in re.sub(r'\]\([^)]*\)', ']', part).split())
+    assert count(text) <= 900 and count(text.split('python -m histogan.train')[0]) <= 150 and '![' in text.split('python -m')[0]
+
 FRONT = {'cell_type': 'raw', 'source': '---\ntitle: A\ndescription: B\noutput-file: a.html\n---'}
 PICTURE = [{'output_type': 'display_data', 'data': {'image/png': ''}}]
 
