@@ -204,6 +204,8 @@ class OpenData:
 def _gather(cfg: DataConfig) -> pd.DataFrame:
     "The manifest that the configuration asks for."
     names = [s.strip() for s in cfg.class_names.split(',') if s.strip()]
+    if names and cfg.manifest:
+        raise InputError('--data.class-names: a table names its classes; leave it out')
     if cfg.manifest:
         df = load_manifest(cfg.manifest, cfg.folder)
         return (

@@ -360,6 +360,9 @@ def scan(
 ) -> pd.DataFrame:  # columns path, label and perhaps group, split; sorted
     "The manifest of a folder of class folders."
     if is_array(root): return list_arrays(root, class_names)
+    if len(class_names): raise InputError(
+        f'--data.class-names: the classes in {root} are called as its folders; leave it '
+        'out')
     found = {folder: _below(folder, root) for folder in _class_folders(root)}
     found = _classes_alone(root, found)
     _check_level(root, {folder.name: len(f.images) for folder, f in found.items()})

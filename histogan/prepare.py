@@ -108,6 +108,8 @@ def _checks(c: PrepareConfig) -> list[tuple]:  # (holds, option, what to do)
             (0 <= c.mpp < 100, 'mpp', 'must lie in (0, 100) µm per pixel; 0: unknown'),
             (bool(c.manifest) or not c.group_column, 'group_column',
              'names a column of --manifest; give that too'),
+            (not (c.class_names and c.manifest), 'class_names',
+             'a table names its classes; leave it out'),
             (not (c.group_column and c.group_regex), 'group_regex',
              'and --group-column are two answers to one question; give one')]
 

@@ -454,6 +454,11 @@ def test_arrays_that_are_refused(tmp_path, change, word):
     medmnist(tmp_path/'x.npz', **change); open_array.cache_clear()
     assert word in says(list_arrays, tmp_path/'x.npz')
 
+def test_names_for_classes_that_have_theirs(toy, rows, tmp_path):
+    "An option that would be ignored is refused."
+    assert 'as its folders; leave it out' in says(open_data, DataConfig(root=str(toy), class_names='a,b', **SMALL), progress=False)
+    assert 'a table names its classes' in says(open_data, DataConfig(manifest=str(table(tmp_path/'m.csv', rows)), class_names='a,b', **SMALL), progress=False)
+
 def test_numbers_far_apart_are_two_names(tmp_path):
     "Numbers of patients, perhaps: a list up to the largest would fill the memory."
     np.savez(tmp_path/'x.npz', train_images=X, train_labels=np.where(Y, 10**9, 3))
