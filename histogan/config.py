@@ -564,6 +564,10 @@ def resume_args(
     base = replace(saved, g=replace(saved.g, channels=()))
     args = parse_options(TrainArgs, argv, default=TrainArgs(base))
     cfg = fitted_like(args.config, saved)
+    for name in args.allow_change:
+        if name not in (known := flat(saved)):
+            told = f'--allow-change {name}: no such field'
+            raise InputError(told + suggestion(name, known))
     for name in differing(saved, cfg):
         option, why = '--' + name.replace('_', '-'), fixed(name)
         if name not in args.allow_change:

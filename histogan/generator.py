@@ -354,9 +354,12 @@ def build_pretrained(
 ):  # Generator in evaluation mode, with .classes and .card
     "A generator from its two parts."
     try:
+        if card.get('version', 1) != 1: raise ValueError(f'version {card["version"]}')
         G = Generator(GeneratorConfig(**card['config']))
         G.load_state_dict(weights)
-        G.classes, G.card = list(card['classes']), card
+        G.classes, G.card = list(map(str, card['classes'])), card
+        n = G.cfg.num_classes
+        if len(set(G.classes)) != n: raise ValueError(f'names of {n} classes are wanted')
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         why = re.sub(r'^Error.* in loading state_dict.*:\s*', '', str(e)).splitlines()
         said = f'{where}: not a generator of this version ({(why or [""])[0][:120]})'

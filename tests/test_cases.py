@@ -281,3 +281,22 @@ def test_a_table_that_replaced_the_phantom_is_not_looked_for_below_it(tmp_path, 
     capsys.readouterr()
     open_patches(replace(PRESETS['smoke'], data=data, out=str(tmp_path/'run')), tmp_path/'run', resume=True)
     assert 'phantom' not in capsys.readouterr().err
+
+def test_a_field_that_is_misspelt_is_not_allowed_to_change(tmp_path):
+    from histogan.config import PRESETS, parse_args, save_config
+    from histogan.core import InputError
+    save_config(PRESETS['smoke'], tmp_path/'config.json')
+    with pytest.raises(InputError, match="--allow-change run.stepz: no such field; did you mean 'run.steps'"): parse_args(['--resume', str(tmp_path), '--allow-change', 'run.stepz'])
+
+@pytest.mark.parametrize('change', [dict(version=99), dict(classes=['a']), dict(classes=['a', 'a']), dict(classes=None), dict(classes=[0, 1])])
+def test_a_card_that_somebody_wrote_by_hand(change, tmp_path):
+    from histogan.core import InputError
+    from histogan.generator import Generator, GeneratorConfig
+    G = Generator(GeneratorConfig(img_res=16, num_classes=2, z_dim=8, w_dim=8, fmap_base=16, fmap_min=8))
+    G.classes = ['a', 'b']
+    G.save_pretrained(tmp_path)
+    card = json.loads((tmp_path/'generator.json').read_text()) | change
+    (tmp_path/'generator.json').write_text(json.dumps(card))
+    if change == dict(classes=[0, 1]): assert Generator.from_pretrained(tmp_path).classes == ['0', '1']
+    else:
+        with pytest.raises(InputError, match='not a generator of this version'): Generator.from_pretrained(tmp_path)
