@@ -85,7 +85,8 @@ def process_file(
     try:
         (img, mpp), kind = _read(path), _kind(path)
         x = square(img, job.trim)
-        if why := too_small(len(x), len(x)): raise InputError(f'trimmed, it {why}')
+        if too_small(s := len(x), s):
+            raise InputError(f'--trim {job.trim} leaves {s} x {s} px of it; lower it')
         metrics = quality_metrics(x)
     except (InputError, OSError) as e:  # unreadable, or gone since it was listed
         return Row(fault=' '.join(str(e).removeprefix(f'{path}: ').split())), None
