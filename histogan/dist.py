@@ -141,8 +141,10 @@ def forked(
     "Call `f` in `n` forked processes that see each other as under `torchrun`."
     store = _meeting_point()
     started = [_fork(f, k, n, store.port) for k in range(n)]
-    try: return [_result(here, limit) for _, here in started]
-    except EOFError: pass
+    try:
+        for _, here in started: here.send_bytes(b'go')  # the store was silent till now
+        return [_result(here, limit) for _, here in started]
+    except (EOFError, OSError): pass
     finally:
         for p, _ in started:
             p.join(1)
@@ -159,7 +161,7 @@ def _meeting_point():
 def _fork(f, k, n, port):
     "Start process k of n."
     fork = multiprocessing.get_context('fork')
-    here, there = fork.Pipe(False)
+    here, there = fork.Pipe()
     env = dict(RANK=k, LOCAL_RANK=k, WORLD_SIZE=n, MASTER_PORT=port)
     env = {a: str(b) for a, b in env.items()}
     env |= dict(MASTER_ADDR='127.0.0.1', TORCHELASTIC_USE_AGENT_STORE='True')
@@ -172,6 +174,8 @@ def _fork(f, k, n, port):
 def _work(f, env, there):
     "The life of a forked process."
     os.environ.update(env)
+    # a thread of the store that works during a fork may hold a lock for ever
+    there.recv_bytes()
     there.send_bytes(pickle.dumps(f()))
 
 # %% ../nbs/43_dist.ipynb #c8b3d7b5-1

@@ -88,9 +88,11 @@ def test_sigterm_and_sigint_at_random_moments(base, whole):
         until(lambda: 'steps' in child.said, child)
         time.sleep(rng.uniform(0, 0.3))
         if child.running: child.signal((signal.SIGTERM, signal.SIGINT, HANGUP)[k % 3])
-        codes.append(child.wait())
-        if codes[-1] == 130: assert 'and saved; go on with --resume' in child.said
-    assert set(codes) <= {0, 130} and codes[0] == 130, codes
+        code = child.wait()
+        if 'done: ' in child.said: break  # it was faster than the signal, which then meets a program on its way out
+        codes.append(code)
+        assert code == 130 and 'and saved; go on with --resume' in child.said, (code, child.said)
+    assert codes
     last = start('--resume', run, log=base/'interrupted.log')
     assert last.wait() == 0, last.said
     assert_same_run(run, whole)
