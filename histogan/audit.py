@@ -17,7 +17,7 @@ import tyro
 from .chunks import square
 from .core import InputError, read_table, write_json
 from .data import SPLITS, _in_threads, load_prepared, read_all
-from .images import evenly, read_rgb, resize, rim
+from .images import RIM, evenly, read_rgb, resize, rim
 from .options import parse_options
 from .page import figure, page, section, table, text, write_page
 from .process import run_program
@@ -293,7 +293,7 @@ def _about_pixels(df, numbers) -> list[str]:
     outcome = outcome.to_frame()
     spread, edge = _STAIN.format(**numbers['colour_spread']), numbers['rim']
     told = _RIM.format(abs(edge), 'darker' if edge < 0 else 'lighter')
-    return [section('Edge', text(told if edge else _NO_RIM, 'note')),
+    return [section('Edge', text(told if abs(edge) > RIM else _NO_RIM, 'note')),
             section('Clipped pixels', table(clipped), text(_CLIPPED, 'note')),
             section('Stain', table(outcome), text(spread, 'note'))]
 

@@ -154,8 +154,8 @@ def pays(
     weight,     # kernel; (O, I, k, k)
 ):              # bool
     "Is `winograd` the quicker way? For wide layers in float32 on a CPU."
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return False  # ONNX too
+    if torch.is_autocast_enabled(x.device.type): return False
     fits = weight.shape[-1] == 3 and x.shape[2] % 2 == x.shape[3] % 2 == 0
     plain = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
     return fits and plain and min(weight.shape[:2]) >= WIDE

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_WORK', 'ASKS_HOST', 'ASKS_BACKEND', 'NO_FIXED_ORDER', 'count_kernels', 'count_syncs', 'Compiled', 'keep_memory',
-           'set_arithmetic', 'nondeterministic']
+           'check_device', 'set_arithmetic', 'nondeterministic']
 
 # %% ../nbs/44_device.ipynb #3f09abe6
 import ctypes, os
@@ -13,7 +13,7 @@ import torch
 from torch.autograd.profiler import profile
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .core import warn_line
+from .core import InputError, warn_line
 
 # %% ../nbs/44_device.ipynb #3ac6730f
 # relabel memory, or pass on to another operation: no work of their own
@@ -128,6 +128,20 @@ def keep_memory(
     done = [libc.mallopt(k, v) for k, v in wanted.items()]
     if not on: libc.malloc_trim(0)
     return all(done)
+
+# %% ../nbs/44_device.ipynb #9141b91d
+def check_device(
+    name,  # a torch device
+    option='--device',  # that asked for it
+):  # torch.device; InputError when this machine has none such
+    "The device that an option names."
+    try:
+        one = torch.zeros(1, device=name)
+        one.tolist()
+        return one.device
+    except (RuntimeError, AssertionError):
+        told = f'{option} {name}: not available on this machine; use cpu'
+        raise InputError(told) from None
 
 # %% ../nbs/44_device.ipynb #9c2ac130
 def set_arithmetic(

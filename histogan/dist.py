@@ -140,8 +140,9 @@ def forked(
 ) -> list:  # what f returned, by rank; RuntimeError when one failed
     "Call `f` in `n` forked processes that see each other as under `torchrun`."
     store = _meeting_point()
-    started = [_fork(f, k, n, store.port) for k in range(n)]
+    started = []
     try:
+        for k in range(n): started.append(_fork(f, k, n, store.port))
         for _, here in started: here.send_bytes(b'go')  # the store was silent till now
         return [_result(here, limit) for _, here in started]
     except (EOFError, OSError): pass

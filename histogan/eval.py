@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from .checkpoint import load_generator
+from .device import check_device
 from .classifier import FEWEST, HeldOutClassifier, fit_held_out
 from .copying import copying_check, draw_pairs, layout_extractor, pairs_table
 from .copying import pixel_extractor, save_copying
@@ -196,14 +197,7 @@ def pick(
     "The device of an evaluation."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name == 'cuda' and world() > 1: name = f'cuda:{local_rank()}'
-    try:
-        one = torch.zeros(1, device=name)
-        one.tolist()  # meta holds no numbers
-        return str(one.device)
-    except (RuntimeError, AssertionError):
-        raise InputError(
-            f'--device {name}: not available on this machine; use cpu'
-        ) from None
+    return str(check_device(name))
 
 # %% ../nbs/63_eval.ipynb #b3e93531
 def synthetic_folder(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patch_seed', 'latents', 'draw', 'fingerprint', 'rows_for', 'generate', 'walk', 'save_walk', 'OnnxGenerator',
-           'export_onnx', 'flat_noise', 'GenerateArgs', 'check_device', 'main']
+           'export_onnx', 'flat_noise', 'GenerateArgs', 'main']
 
 # %% ../nbs/55_generate.ipynb #3a717d9d
 from . import startup  # answers a known --help, before all else loads
@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from typing import Literal
 from .checkpoint import export_generator, load_generator
+from .device import check_device
 from .core import InputError, hasher, read_json, read_table
 from .core import safe_names, warn_line, write_file, write_json, write_table
 from .data import is_own, to_uint8
@@ -269,16 +270,6 @@ class GenerateArgs:
             raise InputError('--walk, --onnx, --export: give one of them')
         if self.walk: check_file('--walk', self.walk, ('.png', '.gif'))
         if self.onnx: check_file('--onnx', self.onnx)
-
-# %% ../nbs/55_generate.ipynb #4e09fc49
-def check_device(
-    name: str,  # a torch device
-):
-    "InputError when this machine has none such."
-    try: torch.zeros(1, device=name).tolist()  # meta holds no numbers
-    except (RuntimeError, AssertionError):
-        said = f'--device {name}: not available on this machine; use cpu'
-        raise InputError(said) from None
 
 # %% ../nbs/55_generate.ipynb #e8e75bd8
 def main(

@@ -62,7 +62,8 @@ def test_the_scale_is_in_the_list(tmp_path):
     assert set(read_table(tmp_path/'a'/'patches.csv').mpp) == {'0.25'} and 'mpp' not in read_table(tmp_path/'b'/'patches.csv')
 
 @pytest.mark.parametrize('cfg', [CFG, GeneratorConfig(num_classes=3, img_res=32, z_dim=16, w_dim=16, n_layers=2, channels=(16, 16, 8, 8), cond='concat', stem='linear',
-                                                      up='conv_first', to_rgb='skip', noise_init=.1, output_clamp='none', map_lr_mul=.1, padding='replicate')], ids=['poc', 'modern'])
+                                                      up='conv_first', to_rgb='skip', noise_init=.1, output_clamp='none', map_lr_mul=.1, padding='replicate'),
+                                 GeneratorConfig(num_classes=3, img_res=16, z_dim=16, w_dim=16, n_layers=2, channels=(128, 128, 128))], ids=['poc', 'modern', 'wide'])
 def test_onnx_draws_what_torch_draws(tmp_path, cfg):
     pytest.importorskip('onnx')
     ort = pytest.importorskip('onnxruntime')
