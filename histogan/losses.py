@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['d_logistic', 'g_nonsat', 'd_bce', 'd_hinge', 'g_hinge', 'd_relativistic', 'g_relativistic', 'r1_penalty', 'drift',
            'channel_stats', 'unit_range', 'RealStatsEMA', 'saturation', 'feature_matching', 'perceptual', 'mixing_reg',
-           'pool8', 'pair_statistics', 'pair_distance', 'distances_of', 'PairTerm', 'layouts', 'LayoutTerm',
-           'LossConfig', 'd_adversarial', 'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights', 'weighted_sum']
+           'contrasts', 'pool8', 'pair_statistics', 'pair_distance', 'distances_of', 'PairTerm', 'layouts',
+           'LayoutTerm', 'LossConfig', 'd_adversarial', 'g_adversarial', 'r1_due', 'r2_due', 'd_weights', 'g_weights',
+           'weighted_sum']
 
 # %% ../nbs/30_losses.ipynb #72be5f86
 import math
@@ -208,9 +209,21 @@ def _layout(
     eps=1e-6, # keeps an even image at 0 with a finite gradient; decided
 ): # (N, 64) luminance with zero mean and unit norm per image
     "Where an image is dark, without how dark it is or in which colour."
-    luma = (pooled * _luma(pooled.device, pooled.dtype)).sum(1).flatten(1)  # (N, 64)
+    luma = _luminance(pooled)
     n = luma.shape[1]
     return F.layer_norm(luma, (n,), eps=eps / n) / math.sqrt(n)
+
+# %% ../nbs/30_losses.ipynb #478afdec
+def _luminance(pooled): # (N, 3, 8, 8) -> (N, 64)
+    return (pooled * _luma(pooled.device, pooled.dtype)).sum(1).flatten(1)
+
+# %% ../nbs/30_losses.ipynb #519c460a
+def contrasts(
+    pooled, # (N, 3, 8, 8) from pool8
+): # (N, 64) luminance with zero mean per image; the layout before it is normalised
+    "Where an image is darker than its mean, and by how much."
+    luma = _luminance(pooled)
+    return luma - luma.mean(1, keepdim=True)
 
 # %% ../nbs/30_losses.ipynb #16970551
 @lru_cache
@@ -234,11 +247,13 @@ def pool8(
 def pair_statistics(
     x, # (N, 3, H, W) images in [-1, 1]
     maps=(), # encoder's maps of x, each (N, C, h, w); may be empty
+    contrast=False, # layouts keep their contrast
 ): # dict of 3 + len(maps) statistics, each (N, k)
-    "What is compared in a pair: `colour`, `pooled`, `layout`, then one entry per map."
+    "What is compared in a pair: colour, pooled, layout or contrast, then the maps."
     x = _full(x)
     small = pool8(x)  # (N, 3, 8, 8)
-    stats = dict(colour=x.mean((2, 3)), pooled=small.flatten(1), layout=_layout(small))
+    stats = dict(colour=x.mean((2, 3)), pooled=small.flatten(1))
+    stats |= dict(contrast=contrasts(small)) if contrast else dict(layout=_layout(small))
     for i, m in enumerate(maps):
         m = _full(m)
         # (N, 2 C)
@@ -297,7 +312,7 @@ def _segments(sizes, device, dtype):
 # %% ../nbs/30_losses.ipynb #cbeb62e6
 def distances_of(
     pooled, # (N, 3, 8, 8) from pool8; pairs at 2k, 2k + 1
-    layout, # (N, 64) their layouts
+    layout, # (N, 64) their layouts, or their contrasts
     maps=(), # encoder's maps of the images, each (N, C, h, w); may be empty
     eps=1e-12, # as in pair_distance
 ): # (P, S)
@@ -447,6 +462,7 @@ class LossConfig:
     mixing_reg_weight: float = 0.1
     mixing_target: float = 0.1 # variance that is not penalised; >= 0; original recipe
     pair_weight: float = 0.0 # weight of the pair term; >= 0; modern 4.0, demo 0.5
+    pair_contrast: bool = False # layouts of a pair keep their contrast; modern True
     layout_weight: float = 0.0 # weight of the layout term; >= 0; 1.0 in preset modern
 
     def __post_init__(self):
@@ -464,7 +480,7 @@ class LossConfig:
             raise ValueError(f'saturation_limit must be in [0, 1], got {limit}')
         if not (isinstance(every, int) and every >= 1):
             raise ValueError(f'r1_every must be a whole number >= 1, got {every}')
-        free = ('adversarial', 'use_mixing_reg')
+        free = ('adversarial', 'use_mixing_reg', 'pair_contrast')
         for name, value in vars(self).items():
             if name not in free and not 0 <= value < math.inf:
                 raise ValueError(f'{name} must be finite and >= 0, got {value}')

@@ -176,7 +176,8 @@ def _plain_terms(s, x, y, fake):
 # %% ../nbs/56_plain.ipynb #4b471149
 def _distances(s, x):
     "How far apart the two of each pair are."
-    return pair_distance(pair_statistics(x, _asked(s, x).maps))
+    contrast = s.cfg.loss.pair_contrast
+    return pair_distance(pair_statistics(x, _asked(s, x).maps, contrast))
 
 # %% ../nbs/56_plain.ipynb #1d7f7ad8
 def plain_g_step(

@@ -30,7 +30,7 @@ from .generator import draw_crossover, draw_noise
 from .guards import GateObs, NonFiniteObs, SaturationObs, ema_beta_at
 from .guards import ema_update, gate_update, lr_at, lr_tail_at
 from .guards import nonfinite_update, saturation_update
-from .losses import d_adversarial, d_weights, distances_of, drift
+from .losses import contrasts, d_adversarial, d_weights, distances_of, drift
 from .losses import feature_matching
 from .losses import g_adversarial, g_weights, layouts, mixing_reg, perceptual
 from .losses import pool8, r1_due, r1_penalty, r2_due
@@ -340,7 +340,7 @@ def g_terms(
     if w['mixing']:
         variance = of_all(fakes.x, batch_variance)
         terms['mixing'] = mixing_reg(variance, c.mixing_target)
-    if w['pair']: terms['pair'] = s.pair.penalty(distances(fakes), y)
+    if w['pair']: terms['pair'] = s.pair.penalty(distances(s, fakes), y)
     if w['layout']: terms['layout'] = s.layout.penalty(fakes.layout, y)
     return terms
 
@@ -358,11 +358,13 @@ def weights_of_g(
 
 # %% ../nbs/52_step.ipynb #3d4723da
 def distances(
+    s: TrainState,  # read only
     seen: EncodedBatch,  # a batch of same-class pairs
 ) -> torch.Tensor:  # (N/2, S) distance within each pair, per statistic
     "How far apart the two of each pair are."
     maps = seen.encoded.maps if seen.encoded else []
-    return distances_of(seen.small, seen.layout, maps)
+    where = contrasts(seen.small) if s.cfg.loss.pair_contrast else seen.layout
+    return distances_of(seen.small, where, maps)
 
 # %% ../nbs/52_step.ipynb #d5b545aa
 def pixel_stats(
@@ -395,7 +397,7 @@ def after_d(
     if d.finite is False: return
     if s.cfg.loss.lambda_stats: s.stats.update(of_all(reals.x, _moments), d.finite)
     if s.cfg.loss.pair_weight:
-        far = gather_batch(distances(reals))
+        far = gather_batch(distances(s, reals))
         s.pair.update(far, whole_batch(s, y), d.finite)
     if not s.late: s.ada = ada_update(s.cfg.ada, s.ada, d.log['acc'], s.step)
 
