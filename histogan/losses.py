@@ -467,10 +467,8 @@ class LossConfig:
 
     def __post_init__(self):
         if self.adversarial not in ('bce', 'logistic', 'hinge', 'relativistic'):
-            raise ValueError(
-                'adversarial must be bce, logistic, hinge or relativistic, got '
-                f'{self.adversarial!r}'
-            )
+            told = f'bce, logistic, hinge or relativistic, got {self.adversarial!r}'
+            raise ValueError(f'adversarial must be {told}')
         real, fake = self.label_smoothing_real, self.label_smoothing_fake
         if not 0 <= fake < real <= 1:
             what = f'got fake {fake}, real {real}'
