@@ -191,6 +191,7 @@ def modern(
     pair_weight: float = 4.0,  # of the pair term; ≥ 0; measured, results
     pair_contrast: bool = True,  # layouts of a pair keep their contrast; results
     lr: float = 2e-3,  # of G; D gets half of it; > 0; measured, results
+    half_life: float = 1500.0,  # of the EMA generator; images; > 0; measured, results
 ) -> Config:
     "The preset that learns: heads on a frozen encoder, pairs, layouts."
     zero = ('r1_gamma drift_eps lambda_stats lambda_perceptual lambda_saturation '
@@ -213,14 +214,14 @@ def modern(
         d=DiscriminatorConfig(img_res=res, pixel=False, pair=True), loss=loss,
         optim=optim,
         ada=AdaConfig(enabled=False), sat=SaturationConfig(relative=True),
-        ema=EmaConfig(half_life_img=3000.0), run=run)
+        ema=EmaConfig(half_life_img=half_life), run=run)
 
 # %% ../nbs/50_config.ipynb #a3b47ffa
 def on_phantom(
     res: int,  # side of the image; px; power of two ≥ 16
 ) -> Config:
     "`modern` on drawings, which vary less than tissue; measured, results."
-    base = modern(res, pair_weight=0.5, pair_contrast=False, lr=1e-3)
+    base = modern(res, pair_weight=0.5, pair_contrast=False, lr=1e-3, half_life=3000.0)
     return replace(base, data=replace(base.data, root='phantom', test_frac=0.0))
 
 # %% ../nbs/50_config.ipynb #16338ff3
