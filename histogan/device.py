@@ -137,7 +137,7 @@ def check_device(
     "The device that an option names."
     try:
         one = torch.zeros(1, device=name)
-        one.tolist()
+        one.tolist()  # meta holds no numbers
         return one.device
     except (RuntimeError, AssertionError):
         told = f'{option} {name}: not available on this machine; use cpu'

@@ -214,7 +214,10 @@ def _layout(
     return F.layer_norm(luma, (n,), eps=eps / n) / math.sqrt(n)
 
 # %% ../nbs/30_losses.ipynb #478afdec
-def _luminance(pooled): # (N, 3, 8, 8) -> (N, 64)
+def _luminance(
+    pooled, # (N, 3, 8, 8) pooled images
+): # (N, 64)
+    "How bright an image is, on its grid."
     return (pooled * _luma(pooled.device, pooled.dtype)).sum(1).flatten(1)
 
 # %% ../nbs/30_losses.ipynb #519c460a

@@ -148,12 +148,13 @@ def spectrum_ratios(
     fake: np.ndarray,  # (N, R, R, 3) uint8
     real: np.ndarray,  # (M, R, R, 3) uint8
 ) -> dict[str, float]:  # 1 = as in the reals
-    "Large shapes (over 16 px), fine detail (under 4 px) and checkerboard (2 px)."
+    "Large shapes (over a quarter), fine detail (under 4 px) and checkerboard (2 px)."
     a, b = power_spectrum(fake), power_spectrum(real)
     R = len(a)
     f = np.hypot(np.fft.fftfreq(R)[:, None], np.fft.rfftfreq(R))  # cycles per px
-    parts = {'large shapes': (f > 0) & (f < 1 / 16), 'fine detail': (f > .25) & (f < .45),
-             'checkerboard': _corner(R)}
+    large = (f > 0) & (f * R < 4)  # cycles per patch: what an 8×8 layout can carry
+    fine = (f > .25) & (f < .45)
+    parts = {'large shapes': large, 'fine detail': fine, 'checkerboard': _corner(R)}
     return {k: float(a[m].sum() / max(b[m].sum(), 1e-12)) for k, m in parts.items()}
 
 # %% ../nbs/61_metrics.ipynb #90111674-1
