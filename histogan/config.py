@@ -544,7 +544,8 @@ FIXED = {  # field or section -> why a run cannot change it
     'phantom': 'the patches were drawn when the run began',
     'heads': _NETS, 'g': _NETS, 'd': _NETS, 'data.image_size': _NETS,
     'data.val_frac': _SPLIT, 'data.test_frac': _SPLIT, 'data.group_regex': _SPLIT,
-    'data.near_duplicate': _SPLIT, 'made': 'the program writes it'}
+    'data.near_duplicate': _SPLIT, 'made': 'the program writes it',
+    'loss.pair_contrast': 'distances of the reals were averaged with it'}
 FREE = {'g.clamp', 'g.output_clamp', 'g.use_style_mixing', 'g.style_mix_prob'}
 
 # %% ../nbs/50_config.ipynb #0fb354ce-1

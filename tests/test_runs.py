@@ -141,23 +141,24 @@ def leaves(cfg, where=''):
         else: yield where + f.name, v
 
 def other(v):
-    "Another value of the same kind, as typed; None when there is no simple one."
-    if isinstance(v, bool): return None
+    "Another number of the same kind, as typed; None when there is no simple one."
     if isinstance(v, (int, float)): return [str(v * 2 if v else 1)]
     return ['0.25', '0.75'] if isinstance(v, tuple) and len(v) == 2 else None
 
-def test_every_number_is_changed_or_refused(plain):
+def test_every_number_and_switch_is_changed_or_refused(plain):
     "None is accepted and ignored."
     seen = []
     for name, v in leaves(load_config(plain)):
-        if name.startswith('made.') or not (new := other(v)): continue
-        option = ['--' + name.replace('_', '-'), *new]
+        if name.startswith('made.') or not (isinstance(v, bool) or (new := other(v))): continue
+        *section, last = name.replace('_', '-').split('.')
+        option = ['--' + '.'.join([*section, 'no-'*v + last])] if isinstance(v, bool) else ['--' + name.replace('_', '-'), *new]
         try: cfg = parse_args(['--resume', str(plain), *option, '--allow-change', name]).config
         except InputError as e:
-            if fixed(name): assert 'cannot be changed' in str(e) or 'must' in str(e) or 'need' in str(e), (name, str(e))
+            if fixed(name): assert any(w in str(e) for w in ('cannot be changed', 'must', 'need', 'both off')), (name, str(e))
             continue
         assert name in differing(load_config(plain), cfg) or name.split('.')[0] in ('g', 'd'), name
         seen.append(name)
+    assert 'loss.pair_contrast' not in seen  # what was averaged before is in other units
     assert len(seen) > 40 and {'optim.lr_g', 'optim.grad_clip', 'ada.ada_speed', 'run.save_every'} <= set(seen), seen
 
 def test_a_longer_run_says_what_happens_to_the_learning_rate(plain, tmp_path, capsys):
