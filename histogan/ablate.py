@@ -11,14 +11,7 @@ __all__ = ['D_WIDTH', 'PATH', 'NEIGHBOURS', 'ROWS', 'FIGURES', 'SHOWN', 'recipe'
 # %% ../nbs/56_ablate.ipynb #ee445cb5
 from . import startup  # answers a known --help, before all else loads
 from .config import Config, PRESETS, differing, flat, from_dict, get
-from histogan.config import (
-    SHORT,
-    on_phantom,
-    override,
-    pick_amp,
-    pick_device,
-    renewed,
-)
+from .config import on_phantom, override, pick_amp, pick_device, renewed
 
 # %% ../nbs/56_ablate.ipynb #fee242aa
 import contextlib, io, json, os, shutil, sys, time
@@ -499,8 +492,7 @@ def plan(
     "Sizes and order of everything."
     small = (16, min(a.steps, 12), 1)
     size, steps, seeds = small if a.quick else (a.size, a.steps, a.seeds)
-    base = override(on_phantom(size), SHORT | {'run.steps': steps,
-                                               'd.d_base_ch': D_WIDTH})
+    base = override(on_phantom(size), {'run.steps': steps, 'd.d_base_ch': D_WIDTH})
     amp = pick_amp(base, pick_device(base))  # rows of one table share their arithmetic
     base = override(base, {'run.amp': amp})
     if a.quick: base = override(base, {'encoder': 'random:0', 'phantom.per_class': 12,

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from histogan.ablate import D_WIDTH, override, recipe
-from histogan.config import SHORT, on_phantom
+from histogan.config import on_phantom
 from histogan.core import write_table
 from histogan.data import load_manifest, open_data
 from histogan.reals import split_of
@@ -52,7 +52,7 @@ def main():
     ap.add_argument('--steps', type=int, default=1200)
     ap.add_argument('--out', default='gate_trace.csv')
     a = ap.parse_args()
-    base = override(on_phantom(32), SHORT | {'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
+    base = override(on_phantom(32), {'run.steps': a.steps, 'run.best_metric': 'none', 'd.d_base_ch': D_WIDTH})
     rows = []
     with tempfile.TemporaryDirectory() as d:
         for k, (name, changes) in enumerate(RUNS.items()):

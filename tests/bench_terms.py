@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from histogan.ablate import D_WIDTH, override, recipe
-from histogan.config import SHORT, on_phantom
+from histogan.config import on_phantom
 from histogan.core import write_table
 from histogan.train import train
 
@@ -29,7 +29,7 @@ def main():
     ap.add_argument('--out', default='nbs/terms.csv')
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as d:
-        base = override(on_phantom(32), SHORT | {'run.steps': a.steps, 'd.d_base_ch': D_WIDTH, 'encoder': 'random:0',
+        base = override(on_phantom(32), {'run.steps': a.steps, 'd.d_base_ch': D_WIDTH, 'encoder': 'random:0',
                                      'phantom.per_class': 40, 'run.amp': 'off', 'out': str(Path(d, 'run'))})
         rows = trace(recipe(base))
     write_table(a.out, pd.DataFrame(rows))
